@@ -12,7 +12,8 @@ __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'Question', 'r
 # %% ../nbs/01_data.ipynb #33cba7d6
 import csv, hashlib, io, json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from .recipe import Recipe, shipped
@@ -36,7 +37,7 @@ class Question:
 
 # %% ../nbs/01_data.ipynb #f9beb44e
 def _json_records(text: str, name: str) -> list[tuple[str, dict]]:
-    if text.lstrip().startswith("["): return [(f"row {i + 1}", r) for i, r in enumerate(json.loads(text))]
+    if text.lstrip().startswith("[") and not name.endswith(".jsonl"): return [(f"row {i + 1}", r) for i, r in enumerate(json.loads(text))]
     records = []
     for n, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
@@ -264,12 +265,14 @@ def plot_questions(questions: list[Question] # at least one
                   ) -> Figure: # subjects; letters by choice type; lengths in words
     "Subjects, correct letters and lengths of a set of questions."
     frame = to_frame(questions)
-    fig, (subjects, letters, lengths) = plt.subplots(1, 3, figsize=(13, 5), width_ratios=(2, 1, 1), layout="constrained")
+    fig, (subjects, letters, lengths) = plt.subplots(1, 3, figsize=(13, 5), width_ratios=(2, 1.2, 1.2), layout="constrained")
     sns.countplot(frame, y="subject", order=frame.subject.value_counts().index, color="tab:blue", ax=subjects)
     sns.countplot(frame, x="letter", hue="choice_type", order=[*LETTERS], ax=letters)
     sns.histplot(frame, x="words", bins=30, ax=lengths)
-    for ax, title in zip((subjects, letters, lengths), ("Subjects", "Correct letters", "Words in stem and options")):
-        ax.set(title=f"{title} (n = {len(frame):,})", ylabel="" if ax is subjects else "questions")
+    fig.suptitle(f"{len(frame):,} questions")
+    subjects.set(title="Subjects", xlabel="questions", ylabel=""); subjects.xaxis.get_major_locator().set_params(integer=True)
+    letters.set(title="Correct letters", xlabel="", ylabel="questions"); lengths.set(title="Words in stem and options", ylabel="questions")
+    sns.move_legend(letters, "upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, title=None)
     plt.close(fig)  # returned, not shown twice
     return fig
 
@@ -329,7 +332,7 @@ def sample_tokenizer(vocab_size: int = 1024): # a transformers fast tokenizer wi
 @dataclass(frozen=True)
 class Encoded:
     "Training examples as token ids, and those left out for their length."
-    rows: "datasets.Dataset"  # columns input_ids, labels; a row an example
+    rows: Sequence[dict]  # a `datasets.Dataset` with columns input_ids, labels; a row an example
     too_long: list[Question]  # left out: more than max_length tokens
     tokens: int  # in all rows
 

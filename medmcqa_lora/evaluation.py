@@ -12,7 +12,6 @@ __all__ = ['letter_tokens', 'encode_prompts', 'pad_right', 'letter_logprobs', 'p
 # %% ../nbs/04_evaluation.ipynb #94de4040
 import json, math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
@@ -21,9 +20,8 @@ from scipy import stats
 from torch import nn
 from tqdm.std import tqdm
 from .recipe import Recipe
-from .data import LETTERS, Question, fingerprint, load_evaluation, render_prompt, render_target
+from .data import LETTERS, Question, fingerprint, render_prompt, render_target
 from .files import append_line, read_lines, save_figure, trim_lines, write_json, write_whole
-from .model import load_model, load_tokenizer
 
 # %% ../nbs/04_evaluation.ipynb #81014463
 def letter_tokens(prompt: str, # any rendered prompt
@@ -161,7 +159,7 @@ def plot_by_subject(summaries: dict[str, dict] # label -> summary, one or more o
         error = np.abs(table[["low", "high"]].sub(table.accuracy, axis=0).to_numpy().T) * 100
         ax.errorbar(table.accuracy * 100, y, xerr=error, fmt="o", ms=4, capsize=2, label=f"{label} ({summary['accuracy']:.1%})")
     ax.axvline(first["majority_baseline"] * 100, ls=":", color="grey", label=f"always one letter ({first['majority_baseline']:.1%})")
-    ax.set(yticks=range(len(order)), yticklabels=[f"{s} ({first['by_subject'][s]['n']})" for s in order], xlabel="accuracy, % (95% Wilson interval)", xlim=(0, 100))
+    ax.set(yticks=range(len(order)), yticklabels=[f"{s} ({first['by_subject'][s]['n']})" for s in order], xlabel="accuracy, % (95% Wilson interval)", xlim=(-2, 102))
     ax.invert_yaxis(); ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
     plt.close(fig)
     return fig

@@ -8,7 +8,7 @@ __all__ = ['USER_ERRORS', 'new_folder_name', 'check_folder', 'check_processes', 
            'launch_train', 'launch_evaluate']
 
 # %% ../nbs/05_launch.ipynb #f0c0b291
-import importlib.util, json, os, shutil, signal, sys, tempfile, threading, time
+import json, logging, os, shutil, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .recipe import Recipe, shipped
@@ -25,7 +25,8 @@ def check_folder(folder: Path, resume: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not resume: raise ValueError(f"--out {folder}: holds another run; name a new folder, or go on with --resume")
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
     above = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not os.access(above, os.W_OK): raise ValueError(f"--out {folder}: {above} is not writable; choose another folder")
+    try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts
+    except OSError as e: raise ValueError(f"--out {folder}: {above} is not writable ({e.strerror}); choose another folder") from None
 
 def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str: # a warning, or ""
     "Raises `ValueError` if so many processes can't run here."
@@ -44,6 +45,7 @@ def check_recipe_here(recipe: Recipe, training: bool = True) -> None:
     where = Path(model.resolve_model(recipe.model))
     config = json.loads((where / "config.json").read_text()) if where.is_dir() else {"model_type": "nemotron_h"}
     model.check_kernels(config["model_type"], recipe)
+    if training and where.is_dir(): model.lora_config(model.empty_model(str(where)), recipe)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
     (data.load_pair if training else data.load_evaluation)(recipe)
@@ -74,7 +76,7 @@ def wait_for_all() -> None:
     from accelerate import PartialState
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
-# %% ../nbs/05_launch.ipynb #b593ae55
+# %% ../nbs/05_launch.ipynb #35f3b28c
 def end_with_parent(every: float = 1.0 # seconds between looks
                    ) -> None:
     "End this process soon after its parent has gone."
@@ -96,12 +98,14 @@ def worker(job_file: str # written by `run_notebook`
     import papermill
     from traitlets.config import Config
     end_with_parent()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
+    sockets = {"transport": "ipc", "ip": f"{Path(job_file).parent}/rank{rank}"}  # by default all ranks would share one path
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if rank == 0 else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python",
-                                    progress_bar=False, cwd=job["cwd"], config=Config(KernelManager={"transport": "ipc"}), **streams)
+                                    progress_bar=False, cwd=job["cwd"], config=Config(KernelManager=sockets), **streams)
     except papermill.PapermillExecutionError as e:
         record_failure(failure_text(e.ename, e.evalue, e.exec_count, target))
         sys.exit(1)
@@ -127,13 +131,13 @@ def _launch_config(nproc: int, nnodes: int, node_rank: int, rdzv_endpoint: str, 
                         logs_specs=DefaultLogsSpecs(log_dir=logs), **(several if nnodes > 1 else alone))
 
 def _first_failure(failures: dict) -> str:
-    "The earliest of the processes' failures, in one line."
+    "The cause in one line: the earliest failure that a worker explained, else the earliest."
     def read(rank, failure):
         try:
             told = json.loads(failure.message["message"])
-            return told["time"], f"rank {rank}: {told['text']}"
-        except (TypeError, KeyError, ValueError): return failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
-    return min(read(rank, failure) for rank, failure in failures.items())[1]
+            return 0, told["time"], f"rank {rank}: {told['text']}"
+        except (TypeError, KeyError, ValueError): return 1, failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
+    return min(read(rank, failure) for rank, failure in failures.items())[2]
 
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
@@ -146,6 +150,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), parameters=parameters | {"world_size": nproc * nnodes})
     write_json(Path(logs) / "job.json", job)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report would stand before our one line
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")  # seconds a stuck process gets before SIGKILL; torch's 30 is longer than a user waits
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))  # else each process would use all cores
     try: elastic_launch(_launch_config(nproc, nnodes, node_rank, rdzv_endpoint, logs), sys.executable)(

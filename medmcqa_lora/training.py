@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
-           'MetricsWriter', 'Progress', 'make_trainer', 'last_checkpoint', 'train', 'plot_loss', 'versions',
-           'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
+           'MetricsWriter', 'Progress', 'make_trainer', 'last_checkpoint', 'restore_finished', 'train', 'plot_loss',
+           'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
 # %% ../nbs/03_training.ipynb #efc4613f
-import importlib.metadata, json, math, os, platform, resource, shutil, subprocess, sys, time
+import importlib.metadata, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt, seaborn as sns, torch
 from matplotlib.figure import Figure
 from tqdm.std import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe
-from .data import Encoded, Loaded, encode_questions, fingerprint, load_pair
+from .data import Encoded
 from .files import append_line, read_lines, save_figure, trim_lines, write_json, write_whole
-from .model import attach_lora, load_model, load_tokenizer, save_adapter
+from .model import save_adapter
 
 # %% ../nbs/03_training.ipynb #dd679786
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -119,14 +120,24 @@ def last_checkpoint(run: Path) -> Path | None: # none if there is no checkpoint 
     found = [p for p in (run / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
+def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there was nothing left to train
+    "Load the adapter of a run whose last checkpoint is its end; transformers would train one step more."
+    if checkpoint is None: return False
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]: return False
+    trainer.state, best = state, state.best_model_checkpoint or str(checkpoint)
+    set_peft_model_state_dict(trainer.model, load_peft_weights(best, device="cpu"))
+    return True
+
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
-         ) -> dict: # steps, train_loss (mean), seconds, tokens, peak_memory_gib
+         ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
     began, checkpoint = time.perf_counter(), last_checkpoint(run) if resume else None
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     lines = read_lines(run / "metrics.jsonl")
+    if not lines: return {}
     return dict(steps=trainer.state.global_step, first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"], tokens=lines[-1]["tokens"],
                 seconds=round(time.perf_counter() - began, 1), peak_memory_gib=round(peak_memory_gib(), 2))
 
@@ -139,10 +150,11 @@ def plot_loss(run: Path # with metrics.jsonl
     steps = [m["step"] for m in lines]
     sns.lineplot(x=steps, y=[m["loss"] for m in lines], ax=loss, label="training")
     if evals: sns.lineplot(x=[e["step"] for e in evals], y=[e["eval_loss"] for e in evals], ax=loss, marker="o", label="evaluation rows")
-    if evals or loss.legend_: loss.legend()
-    loss.axhline(math.log(4), ls=":", color="grey"); loss.annotate("four equal letters: ln 4", (steps[0], math.log(4)), fontsize=8, color="grey", va="bottom")
+    loss.axhline(math.log(4), ls=":", color="grey", label="four equal letters: ln 4")
     sns.lineplot(x=steps, y=[m["learning_rate"] for m in lines], ax=rate, color="tab:orange")
     loss.set(xlabel="step", ylabel="loss (nats a supervised token)"); rate.set(xlabel="step", ylabel="learning rate")
+    loss.legend(); rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for ax in (loss, rate): ax.xaxis.get_major_locator().set_params(integer=True)
     plt.close(fig)
     return fig
 

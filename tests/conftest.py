@@ -1,0 +1,80 @@
+"""Shared fixtures. Tests skip, and say so, where real rows or the small model are not to be had."""
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+ALL = bool(os.environ.get("MEDMCQA_TEST_ALL"))  # make test-all: every repetition
+
+
+def sampled(cases, n, seed=0):
+    """All cases in `make test-all`, n of them, always the same, in `make test`."""
+    cases = list(cases)
+    return cases if ALL else random.Random(seed).sample(cases, min(n, len(cases)))
+
+
+@pytest.fixture(scope="session")
+def validation() -> Path:
+    file = REAL / "medmcqa_validation.jsonl"
+    if not file.exists():
+        pytest.skip("real MedMCQA rows are not here (../shared/data)")
+    return file
+
+
+@pytest.fixture(scope="session")
+def train_rows() -> Path:
+    file = REAL / "medmcqa_train_partial.jsonl"
+    if not file.exists():
+        pytest.skip("real MedMCQA rows are not here (../shared/data)")
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    from medmcqa_lora.model import resolve_model
+
+    try:
+        return resolve_model("smollm2-135m-instruct")
+    except ValueError as e:
+        pytest.skip(f"SmolLM2-135M can't be had here: {e}")
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    from medmcqa_lora.cli import main
+
+    def run(*words):
+        capsys.readouterr()
+        try:
+            main([str(w) for w in words])
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of live processes whose environment or command line holds `mark`."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(proc.name) == os.getpid() or "Z" in (proc / "stat").read_text().rpartition(")")[2].split()[0]:
+                continue
+            held = (proc / "environ").read_bytes() + (proc / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if mark.encode() in held:
+            found.append(f"{proc.name}: {(proc / 'cmdline').read_bytes().decode(errors='replace')}")
+    return found

@@ -1,0 +1,166 @@
+"""A user's mistake: one line on stderr that says what, where and what to do; exit code 1; nothing written."""
+import json
+import os
+import shutil
+
+import pytest
+
+ROW = {"question": "Which organ makes insulin?", "opa": "Liver", "opb": "Pancreas", "opc": "Spleen", "opd": "Kidney", "cop": 4}
+
+
+def lines(*rows):
+    return "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
+
+
+def without(field):
+    return {k: v for k, v in ROW.items() if k != field}
+
+
+DATA = {  # file name: (content, what the message must hold)
+    "empty.jsonl": ("", ["empty.jsonl", "holds no rows"]),
+    "broken.jsonl": (lines(ROW, ROW, '{"question": '), ["broken.jsonl", "line 3", "not JSON"]),
+    "broken.json": ("[{]", ["broken.json", "not JSON"]),
+    "latin.jsonl": (b"\xff\xfe{}", ["latin.jsonl", "UTF-8"]),
+    "nofield.jsonl": (lines(ROW, without("question")), ["nofield.jsonl", "line 2", "question is missing"]),
+    "nooption.jsonl": (lines(ROW, ROW, without("opc")), ["nooption.jsonl", "line 3", "opc is missing"]),
+    "nested.jsonl": (lines({"data": {"Question": "?", "Options": {"A": "x"}}}), ["line 1", "data.Options.B is missing"]),
+    "list.jsonl": (lines("[1, 2]", ROW), ["list.jsonl", "line 1"]),
+    "base.jsonl": (lines({**ROW, "cop": 2}), ["base.jsonl", "label_base"]),
+    "mixed.jsonl": (lines(ROW, {**ROW, "cop": 0}), ["mixed.jsonl", "two numberings"]),
+    "unusable.jsonl": (lines({**ROW, "opa": ""}), ["unusable.jsonl", "empty option: 1"]),
+    "cut.parquet": (b"PAR1 not a parquet file", ["cut.parquet"]),
+    "what.txt": ("x", ["what.txt", "format"]),
+}
+
+
+def check_one_line(result, *expected):
+    code, out, err = result
+    assert code == 1, (out, err)
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    for part in expected:
+        assert part in err, (part, err)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_files(name, cli, tmp_path):
+    content, expected = DATA[name]
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    check_one_line(cli("check-data", file), *expected)
+    out = tmp_path / "run"
+    check_one_line(cli("train", "--recipe", "toy", "-p", "data", file, "--out", out), *expected)
+    assert not out.exists()
+
+
+def test_unreadable_files(cli, tmp_path):
+    check_one_line(cli("check-data", tmp_path / "none.jsonl"), "none.jsonl", "check the path")
+    (tmp_path / "folder.jsonl").mkdir()
+    check_one_line(cli("check-data", tmp_path / "folder.jsonl"), "folder.jsonl")
+    if os.geteuid() != 0:  # root reads everything
+        secret = tmp_path / "secret.jsonl"
+        secret.write_text(lines(ROW))
+        secret.chmod(0)
+        check_one_line(cli("check-data", secret), "secret.jsonl", "permissions")
+
+
+RECIPES = {  # words after the command: what the message must hold
+    ("--recipe", "dmo"): ["[dmo]", "did you mean demo?"],
+    ("--recipe", "none.ini"): ["none.ini", "no such file"],
+    ("-p", "lora_rank", "4"): ["-p", "lora_rank", "did you mean lora_r?"],
+    ("-p", "lora_r", "four"): ["lora_r", "whole number"],
+    ("-p", "lora_r"): ["lora_r", "-p KEY VALUE"],
+    ("-p", "lora_r", "0", "-p", "seed", "-1", "-p", "lora_dropout", "2"): ["lora_r = 0", "seed = -1", "lora_dropout"],
+    ("-p", "learning_rate", "nan"): ["learning_rate", "finite"],
+    ("-p", "packing", "on"): ["packing", "kept apart"],
+    ("-p", "target", "word"): ["target", "one of letter"],
+    ("--recipe", "toy", "-p", "model", "smollm"): ["model smollm", "built-in"],
+    ("--recipe", "toy", "-p", "lora_targets", "q_proj,out_proj"): ["out_proj", "bypass"],
+    ("--recipe", "toy", "--nproc-per-node", "0"): ["--nproc-per-node 0", "at least 1"],
+    ("--recipe", "toy", "--nnodes", "2"): ["--rdzv-endpoint"],
+    ("--recipe", "toy", "-p", "eval_data", "sample", "-p", "eval_split", "train"): ["every training row is also an evaluation row"],
+}
+
+
+@pytest.mark.parametrize("words", RECIPES, ids=" ".join)
+def test_recipes(words, cli, tmp_path):
+    check_one_line(cli("train", *words, "--out", tmp_path / "run"), *RECIPES[words])
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_ini(cli, tmp_path):
+    (tmp_path / "mine.ini").write_text("[a]\nlora_r = 4\n[a]\n")
+    check_one_line(cli("plan", "--recipe", tmp_path / "mine.ini"), "mine.ini", "line")
+
+
+def test_plan_names_targets_that_match_nothing(cli):
+    check_one_line(cli("plan", "--recipe", "toy", "-p", "lora_targets", "gate_proj"), "gate_proj matches nothing", "in_proj")
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="needs a machine without a GPU")
+def test_unsloth_without_gpu(cli, tmp_path):
+    check_one_line(cli("train", "--recipe", "nemotron_nano_unsloth", "--out", tmp_path / "run"), "backend = unsloth", "-p backend hf")
+    check_one_line(cli("train", "--recipe", "nemotron_nano", "--out", tmp_path / "run"), "fast = require", "-p fast auto")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folders(cli, tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    for command in (["train", "--recipe", "toy"], ["evaluate", "--recipe", "toy"], ["demo", "--recipe", "toy"]):
+        check_one_line(cli(*command, "--out", used), "used", "holds another run")
+        check_one_line(cli(*command, "--out", used / "notes.txt"), "notes.txt", "is a file")
+        check_one_line(cli(*command, "--out", "/proc/run"), "/proc", "choose another folder")
+    check_one_line(cli("train", "--recipe", "toy", "--out", tmp_path / "none", "--resume"), "nothing to resume")
+    assert [p.name for p in used.iterdir()] == ["notes.txt"]
+
+
+def test_models(cli, tmp_path):
+    from medmcqa_lora.model import resolve_model
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    check_one_line(cli("train", "--recipe", "toy", "-p", "model", bare, "--out", tmp_path / "run"), "bare", "config.json")
+    shutil.copy(f"{resolve_model('toy-nemotron-h')}/config.json", bare)
+    check_one_line(cli("train", "--recipe", "toy", "-p", "model", bare, "--out", tmp_path / "run"), "bare", "no *.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters(cli, tmp_path, smollm2):
+    from medmcqa_lora.model import attach_lora, load_model, save_adapter
+    from medmcqa_lora.recipe import load_recipe
+
+    recipe = load_recipe("toy")
+    adapter = save_adapter(attach_lora(load_model(recipe), recipe), tmp_path / "adapter")
+    out = tmp_path / "scores"
+    check_one_line(cli("evaluate", "--recipe", "demo", "--adapter", adapter, "--out", out), "adapter", "another base", "-p model")
+    check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", tmp_path / "none", "--out", out), "none", "adapter_config.json")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "not a whole safetensors file")
+    assert not out.exists()
+
+
+def test_compare_needs_two_evaluations(cli, tmp_path):
+    check_one_line(cli("compare", tmp_path, tmp_path), "summary.json")
+
+
+def test_processes(cli, monkeypatch, capsys):
+    import torch
+
+    from medmcqa_lora.launch import check_processes
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs; use at most 2"):
+        check_processes(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert "only 2 CPU cores" in check_processes(3)
+    assert check_processes(2) == ""
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from medmcqa_lora.cli import main
+
+    with pytest.raises(ValueError, match="none.jsonl"):
+        main(["--debug", "check-data", f"{tmp_path}/none.jsonl"])

@@ -1,0 +1,179 @@
+"""Runs in processes of their own: papermill under torch's launcher."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from conftest import processes_with, sampled
+from safetensors.torch import load_file
+
+from medmcqa_lora.files import read_lines
+from medmcqa_lora.launch import LaunchError, launch_evaluate, launch_train, run_notebook
+from medmcqa_lora.recipe import load_recipe
+
+COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
+
+
+def toy(folder: Path, **keys):
+    return replace(load_recipe("toy"), out=str(folder), **keys)
+
+
+def losses(folder: Path) -> list[float]:
+    return [m["loss"] for m in read_lines(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """A toy run in one process, 6 steps of 8 examples."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    return launch_train(toy(folder, max_steps=6, save_steps=3, per_device_train_batch_size=8))
+
+
+def test_a_run_leaves_the_contracts_files(one):
+    there = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
+    assert {"train.ipynb", "recipe.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "metrics.jsonl", "figures/loss.png",
+            "figures/data.png", "environment.json", "README.md", "checkpoints/checkpoint-6/trainer_state.json"} <= there
+    assert set(read_lines(one / "metrics.jsonl")[0]) == {"step", "loss", "learning_rate", "tokens", "tokens_per_s", "peak_memory_gib"}
+    executed = nbformat.read(one / "train.ipynb", 4)
+    assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
+
+
+def test_two_processes_give_the_losses_of_one(one, tmp_path):
+    two = launch_train(toy(tmp_path / "two", max_steps=6, save_steps=3, per_device_train_batch_size=4), nproc=2)
+    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-5, atol=1e-5)
+    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    assert (two / "rank1.ipynb").exists() and not (one / "rank1.ipynb").exists()
+    assert [m["tokens"] for m in read_lines(two / "metrics.jsonl")] == [m["tokens"] for m in read_lines(one / "metrics.jsonl")]
+
+
+def test_p_reaches_the_kernel_with_its_type(tmp_path, cli):
+    given = {"max_steps": "1", "learning_rate": "1e-3", "gradient_checkpointing": "true", "lora_targets": "q_proj,in_proj", "max_rows": "none",
+             "max_eval_rows": "7", "tokenizer": ""}
+    words = [w for k, v in given.items() for w in ("-p", k, v)]
+    code, out, err = cli("train", "--recipe", "toy", *words, "--out", tmp_path / "run")
+    assert code == 0, err
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())  # written by the kernel
+    expected = {"max_steps": 1, "learning_rate": 1e-3, "gradient_checkpointing": True, "lora_targets": ["q_proj", "in_proj"], "max_rows": None,
+                "max_eval_rows": 7, "tokenizer": ""}
+    assert {k: recipe[k] for k in expected} == expected
+    assert {k: type(recipe[k]) for k in expected} == {k: type(v) for k, v in expected.items()}
+
+
+def notebook(folder: Path, *cells: str) -> Path:
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("world_size = 1", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nb, folder / "job.ipynb")
+    return folder / "job.ipynb"
+
+
+JOIN = "import torch, os, time; torch.distributed.init_process_group('gloo')"
+
+
+def test_a_failing_rank_ends_the_command(tmp_path):
+    job = notebook(tmp_path, JOIN, "if os.environ['RANK'] == '1': open('failed', 'w').close(); raise RuntimeError('broken on purpose')\ntorch.distributed.barrier()")
+    mark = str(tmp_path / "run")
+    os.chdir(tmp_path)
+    with pytest.raises(LaunchError, match=r"rank 1: cell \d+: RuntimeError: broken on purpose \(traceback in .*rank1.ipynb\)"):
+        run_notebook(str(job), Path(mark), {}, nproc=2)
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 15
+    assert not processes_with(mark)
+    assert "broken on purpose" in (tmp_path / "run/rank1.ipynb").read_text()
+
+
+def test_failure_on_the_command_line_is_one_line(tmp_path):
+    """Not a wall of launcher text: the only line behind the run's own output is ours."""
+    done = subprocess.run([*COMMAND, "train", "--recipe", "toy", "-p", "max_length", "3", "--nproc-per-node", "2", "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("medmcqa-lora: rank ") and "max_length = 3: no example fits" in last
+    assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
+
+
+@pytest.mark.parametrize("how", sampled([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 1))
+def test_a_killed_command_leaves_no_process(tmp_path, how):
+    job = notebook(tmp_path, JOIN, "open('up' + os.environ['RANK'], 'w').close(); time.sleep(300)")
+    mark = f"MARK{os.getpid()}{how}"
+    code = f"import sys; from pathlib import Path; from medmcqa_lora.launch import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)"
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "MARK": mark}, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not ((tmp_path / "up0").exists() and (tmp_path / "up1").exists()):
+        assert time.time() < deadline and command.poll() is None
+        time.sleep(0.2)
+    assert len(processes_with(mark)) >= 5  # the command, two papermills, two kernels
+    command.send_signal(how)
+    assert command.wait(15) != 0
+    deadline = time.time() + 15
+    while processes_with(mark) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not processes_with(mark)
+
+
+def test_training_goes_on_after_a_kill(one, tmp_path):
+    folder = tmp_path / "run"
+    words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "8", "--out", str(folder)]
+    command = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 60
+    while not (folder / "checkpoints/checkpoint-3/trainer_state.json").exists():
+        assert time.time() < deadline and command.poll() is None
+        time.sleep(0.02)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    time.sleep(2.5)  # the kernel notices that its parents have gone
+    done = subprocess.run([*COMMAND, *words, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(folder) == pytest.approx(losses(one), abs=1e-6)
+    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, folder))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_resume_refuses_other_settings(one):
+    with pytest.raises(LaunchError, match="learning_rate was 0.01, is 0.5"):
+        launch_train(toy(one, max_steps=6, save_steps=3, per_device_train_batch_size=8, learning_rate=0.5), resume=True)
+
+
+def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
+    recipe = load_recipe("toy", {"per_device_eval_batch_size": "4"})
+    whole = launch_evaluate(recipe, tmp_path / "whole", adapter=one / "adapter")
+    there = {p.name for p in whole.iterdir()}
+    assert {"predictions.jsonl", "summary.json", "by_subject.csv", "by_subject.png", "evaluate.ipynb"} <= there
+    summary = json.loads((whole / "summary.json").read_text())
+    assert {"n", "accuracy", "ci95", "by_subject", "majority_baseline", "data_sha256", "model", "adapter"} <= set(summary)
+    predictions = read_lines(whole / "predictions.jsonl")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "evaluation.json").write_text((whole / "evaluation.json").read_text())
+    with open(cut / "predictions.jsonl", "w") as f:
+        f.write("".join(json.dumps({**p, "mark": "kept"}) + "\n" for p in predictions[:5]) + '{"id": "torn')
+    launch_evaluate(recipe, cut, adapter=one / "adapter", resume=True, nproc=2)
+    again = read_lines(cut / "predictions.jsonl")
+    assert sum(p.get("mark") == "kept" for p in again) == 5  # not scored again
+    assert [(p["id"], p["prediction"]) for p in again] == [(p["id"], p["prediction"]) for p in predictions]
+    assert json.loads((cut / "summary.json").read_text()) == summary
+    with pytest.raises(LaunchError, match="holds another evaluation"):
+        launch_evaluate(recipe, cut, resume=True)
+
+
+def test_two_nodes(one, tmp_path):
+    """Two launchers with one process each, as on two machines."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        endpoint = f"localhost:{s.getsockname()[1]}"
+    words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "4", "--nnodes", "2", "--rdzv-endpoint", endpoint]
+    nodes = [subprocess.Popen([*COMMAND, *words, "--node-rank", str(i), "--out", str(tmp_path / f"node{i}")], stderr=subprocess.PIPE, text=True) for i in (0, 1)]
+    told = [n.communicate(timeout=180)[1] for n in nodes]
+    assert [n.returncode for n in nodes] == [0, 0], told
+    assert losses(tmp_path / "node0") == pytest.approx(losses(one), abs=1e-5)
+    assert (tmp_path / "node1/rank1.ipynb").exists()

@@ -1,0 +1,84 @@
+"""Real questions, and the real small model."""
+import csv
+import json
+
+import pytest
+
+from medmcqa_lora.data import LETTERS, identity, load_questions
+from medmcqa_lora.files import read_lines
+
+
+def test_validation_set(validation, cli):
+    loaded = load_questions(str(validation))
+    assert (len(loaded.questions), loaded.base, loaded.dropped) == (4183, "1", 0)
+    assert {k: len(v) for k, v in loaded.problems.items()} == {"duplicate options": 21}
+    assert [sum(q.answer == i for q in loaded.questions) for i in range(4)] == [1348, 1085, 925, 825]
+    assert len({q.subject for q in loaded.questions}) == 21  # 20, and Unknown
+    code, out, _ = cli("check-data", validation)
+    assert code == 0 and "4,183 of 4,183 rows usable; answers counted from 1" in out and "duplicate options: 21" in out
+
+
+def test_training_rows(train_rows, validation):
+    loaded = load_questions(str(train_rows), training=True)
+    assert (len(loaded.questions), loaded.base) == (2738, "1")
+    assert all(q.id for q in loaded.questions) and len({q.id for q in loaded.questions}) == 2738
+    assert not {identity(q) for q in loaded.questions} & {identity(q) for q in load_questions(str(validation)).questions}
+
+
+def test_every_schema_and_format_reads_the_same(validation, tmp_path):
+    """The same 50 rows: 0-based, as letters, nested, as CSV, JSON and parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in validation.read_text().splitlines()[:50]]
+    zero = [{**r, "cop": r["cop"] - 1} for r in rows]
+    nested = [{"id": r["id"], "subject_name": r["subject_name"], "explanation": r["exp"], "data": {"Question": r["question"],
+               "Options": {c: r[f"op{c.lower()}"] for c in LETTERS}, "Correct Option": LETTERS[r["cop"] - 1], "Correct Answer": r[f"op{'abcd'[r['cop'] - 1]}"]}} for r in rows]
+    (tmp_path / "one.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "zero.jsonl").write_text("\n".join(map(json.dumps, zero)))
+    (tmp_path / "nested.jsonl").write_text("\n".join(map(json.dumps, nested)))
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(nested), tmp_path / "nested.parquet")
+    with open(tmp_path / "rows.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    from medmcqa_lora.data import fingerprint
+
+    prints = {p.name: fingerprint(load_questions(str(p)).questions) for p in sorted(tmp_path.iterdir())}
+    assert len(prints) == 8 and len(set(prints.values())) == 1, prints
+
+
+def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2):
+    import torch
+
+    from medmcqa_lora.evaluation import encode_prompts, length_batches, letter_logprobs
+    from medmcqa_lora.model import load_model, load_tokenizer
+    from medmcqa_lora.recipe import Recipe
+
+    recipe = Recipe(max_eval_rows=24)
+    tokenizer, model = load_tokenizer(recipe), load_model(recipe)
+    rows, letters = encode_prompts(load_questions(str(validation), limit=24).questions, tokenizer, recipe)
+    batched = torch.empty(24, 4)
+    for batch in length_batches(rows, 8):
+        batched[batch] = letter_logprobs(model, [rows[i] for i in batch], letters, tokenizer.pad_token_id)
+    alone = torch.cat([letter_logprobs(model, [r], letters, tokenizer.pad_token_id) for r in rows])
+    assert (batched - alone).abs().max() < 1e-3
+    assert (batched.argmax(1) == alone.argmax(1)).all()
+
+
+@pytest.mark.parametrize("recipe", ["demo"])
+def test_demo(recipe, tmp_path, cli, smollm2):
+    """The main job on the real small model, with fewer steps than `make demo` takes."""
+    code, out, err = cli("demo", "--recipe", recipe, "-p", "max_steps", "3", "-p", "save_steps", "3", "--out", tmp_path / "demo")
+    assert code == 0, err
+    assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
+    run = tmp_path / "demo"
+    card = (run / "README.md").read_text()
+    comparison = json.loads((run / "comparison.json").read_text())
+    assert comparison["verdict"] in card and comparison["n"] == 24
+    assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png"}
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 24
+    assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
