@@ -76,7 +76,7 @@ def plan(recipe: RecipeName = "demo", p: Params = [], gpus: Annotated[int, typer
     from medmcqa_lora.model import describe_plan
     say(describe_plan(recipe_of(recipe, p), gpus, gpu_memory))
 
-# %% ../nbs/06_cli.ipynb #c6d2bbb5
+# %% ../nbs/06_cli.ipynb #3b47f9c4
 @app.command()
 def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes = 1,
           nnodes: Annotated[int, typer.Option(help="Machines.")] = 1, node_rank: Annotated[int, typer.Option(help="This machine's number, from 0.")] = 0,
@@ -93,10 +93,11 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
              adapter: Annotated[Path | None, typer.Option(help="The adapter/ folder of a run; none: the base model.")] = None,
              data: Annotated[str | None, typer.Option(help="Evaluation rows: a file, `sample`, or a hub id.")] = None,
              limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None,
+             views: Annotated[str, typer.Option(help="letters, or letters,generation: the model's free answers, too.")] = "letters",
              nproc_per_node: Processes = 1, resume: Resume = False) -> None:
     "Score a base model, or a tuned one, on the evaluation rows."
     from medmcqa_lora.launch import launch_evaluate
-    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node)
+    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, [v.strip() for v in views.split(",")])
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
 
 @app.command()
@@ -107,7 +108,7 @@ def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the 
     say(write_comparison(base_dir, tuned_dir, out))
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
-# %% ../nbs/06_cli.ipynb #9b3a9c81
+# %% ../nbs/06_cli.ipynb #bcb45f8c
 @app.command()
 def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
@@ -117,11 +118,11 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     settings, folder = recipe_of(recipe, p), out or Path(new_folder_name("demo"))
     check_folder(folder, resume=False)
     say(f"1/4  the score of {settings.model} as it is")
-    launch_evaluate(settings, folder / "base")
+    launch_evaluate(settings, folder / "base", views=["letters", "generation"])
     say(f"\n2/4  training it on {settings.data}")
     launch_train(recipe_of(recipe, p, out=folder), beside=True)
     say("\n3/4  the tuned model's score")
-    launch_evaluate(settings, folder / "tuned", adapter=folder / "adapter")
+    launch_evaluate(settings, folder / "tuned", adapter=folder / "adapter", views=["letters", "generation"])
     say("\n4/4  comparison\n")
     text = write_comparison(folder / "base", folder / "tuned", folder)
     write_card(folder, text)

@@ -37,7 +37,7 @@ class DataKeys:
     max_rows: int | None = None  # training rows, the first so many; none: all
     max_eval_rows: int | None = None  # evaluation rows, likewise
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written
-    target: Literal["letter", "letter_and_text"] = "letter"  # what the model is to answer
+    target: Literal["letter", "letter_and_text", "explanation_then_letter"] = "letter"  # what the model is to answer
     max_length: int = 512  # tokens; a longer training example is left out and counted
     packing: Literal["auto", "on", "off"] = "auto"  # several examples in one row; auto: only where kept apart
 

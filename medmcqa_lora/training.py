@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
-           'MetricsWriter', 'Progress', 'make_trainer', 'last_checkpoint', 'restore_finished', 'train', 'plot_loss',
-           'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
+           'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'make_trainer', 'last_checkpoint',
+           'restore_finished', 'train', 'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment',
+           'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #efc4613f
-import importlib.metadata, json, math, os, platform, resource, subprocess, sys, time
+# %% ../nbs/03_training.ipynb #d9884a7f
+import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt, seaborn as sns, torch
 from matplotlib.figure import Figure
+from IPython.display import display
 from tqdm.std import tqdm
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
-from .recipe import Recipe
+from .recipe import Recipe, nearest
 from .data import Encoded
 from .files import append_line, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
 
-# %% ../nbs/03_training.ipynb #dd679786
+# %% ../nbs/03_training.ipynb #a83872dc
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -34,7 +36,7 @@ def training_arguments(recipe: Recipe, run: Path): # a `trl.SFTConfig`
                      dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
                      bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
                      eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
-                     greater_is_better=False if best else None, report_to=recipe.report_to or "none",
+                     greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                      ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
 
 # %% ../nbs/03_training.ipynb #296fe541
@@ -82,7 +84,7 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #4392a162
+# %% ../nbs/03_training.ipynb #8c444a20
 class Progress(TrainerCallback):
     "A progress bar of optimizer steps, on rank 0."
     bar = None
@@ -95,12 +97,28 @@ class Progress(TrainerCallback):
         if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and "loss" in (logs or {}): self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+        if self.bar is None or "loss" not in (logs or {}): return
+        speed = logs.get("num_tokens", 0) / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/03_training.ipynb #2159d19a
+# %% ../nbs/03_training.ipynb #540d8542
+def check_trackers(report_to: list[str]) -> None:
+    "Raises `ValueError` for a tracker that transformers doesn't know or that isn't installed."
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK: raise ValueError(f"report_to: {name} is unknown{nearest(name, INTEGRATION_TO_CALLBACK)} (transformers knows {', '.join(INTEGRATION_TO_CALLBACK)})")
+        if importlib.util.find_spec(name) is None: raise ValueError(f"report_to: {name} is not installed; pip install {name}, or -p report_to none")
+
+def tensorboard_writer(run: Path): # a `transformers` callback
+    "Writes losses and speeds for TensorBoard into the run's folder."
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+    return TensorBoardCallback(SummaryWriter(run / "tensorboard"))
+
+# %% ../nbs/03_training.ipynb #d1851772
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -112,6 +130,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
                          eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
+    if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
 # %% ../nbs/03_training.ipynb #7b464336
@@ -157,6 +176,18 @@ def plot_loss(run: Path # with metrics.jsonl
     for ax in (loss, rate): ax.xaxis.get_major_locator().set_params(integer=True)
     plt.close(fig)
     return fig
+
+# %% ../nbs/03_training.ipynb #7b396e8b
+class LiveCurve(TrainerCallback):
+    "Redraws the loss curve under the running cell, on rank 0."
+    def __init__(self, run: Path, every: float = 2.0): self.run, self.every, self.drawn, self.handle = run, every, 0.0, None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or time.perf_counter() - self.drawn < self.every: return
+        if not read_lines(self.run / "metrics.jsonl"): return
+        if self.handle is None: self.handle = display(plot_loss(self.run), display_id=True)
+        else: self.handle.update(plot_loss(self.run))
+        self.drawn = time.perf_counter()
 
 # %% ../nbs/03_training.ipynb #98a2f865
 PACKAGES = ("medmcqa_lora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "papermill", "unsloth", "mamba_ssm", "causal_conv1d")
@@ -211,7 +242,7 @@ Every setting is in `recipe.json`, versions and data fingerprints are in `enviro
 """
 NOT_EVALUATED = "Not evaluated yet: `medmcqa-lora evaluate` for the base and the tuned model, then `medmcqa-lora compare`."
 
-# %% ../nbs/03_training.ipynb #9ea90fa6
+# %% ../nbs/03_training.ipynb #9393e95f
 def card_header(recipe: dict) -> str: # YAML between --- lines
     "The metadata of the model card, in the Hugging Face format."
     from huggingface_hub import ModelCardData
@@ -235,7 +266,7 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md
     "Write everything a finished run leaves, from rank 0."
     write_json(run / "environment.json", env)
-    write_json(run / "result.json", result | dict(n=len(encoded.rows), too_long=len(encoded.too_long), epochs=round(trainer.state.epoch or 0, 2)))
+    write_json(run / "result.json", result | dict(n=len(encoded.rows), too_long=len(encoded.too_long), shortened=len(encoded.shortened), epochs=round(trainer.state.epoch or 0, 2)))
     save_adapter(model, run / "adapter")
     save_figure(plot_loss(run), run / "figures/loss.png")
     return write_card(run)

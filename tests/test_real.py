@@ -78,7 +78,8 @@ def test_demo(recipe, tmp_path, cli, smollm2):
     run = tmp_path / "demo"
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["n"] == 24
+    assert comparison["verdict"] in card and comparison["n"] == 80
     assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png"}
-    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 24
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 80
+    assert len(read_lines(run / "base/generations.jsonl")) == 80 and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8

@@ -1,0 +1,60 @@
+"""Seconds of a training step: ours (metrics, progress, checkpoints' bookkeeping) beside TRL's own SFTTrainer.
+
+    .venv/bin/python benchmarks/step.py [RECIPE] [PAIRS] [STEPS]
+
+Same model, rows, order and batch; a pair is STEPS steps of each, timed from the end of the first to the end of the last.
+Target: the median of the pairs' ratios at most 1.05.
+"""
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from common import alternate, record, spread
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from medmcqa_lora.data import encode_questions, load_questions
+from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
+from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.training import make_trainer
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+
+def plain_trainer(model, tokenizer, encoded, recipe, run):
+    """What a script would write: TRL's trainer on the same tokens, with the same optimisation and no progress bar."""
+    args = SFTConfig(output_dir=str(run), per_device_train_batch_size=recipe.per_device_train_batch_size, learning_rate=recipe.learning_rate,
+                     lr_scheduler_type=recipe.lr_scheduler_type, max_steps=recipe.max_steps, seed=recipe.seed, data_seed=recipe.seed, bf16=False, use_cpu=True,
+                     gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, save_strategy="no",
+                     report_to="none", disable_tqdm=True)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=encoded.rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def seconds(make, model, tokenizer, encoded, recipe) -> float:
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as run:
+        trainer = make(model, tokenizer, encoded, recipe, Path(run))
+        trainer.add_callback(clock)
+        trainer.train()
+    return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+
+
+if __name__ == "__main__":
+    name, pairs, steps = [*sys.argv[1:4], *["toy", "20", "11"][len(sys.argv) - 1:]]
+    recipe = load_recipe(name, {"max_steps": str(steps), "save_steps": "1000"})
+    tokenizer = load_tokenizer(recipe)
+    encoded = encode_questions(load_questions("sample", "train").questions, tokenizer, recipe)
+    model = attach_lora(load_model(recipe), recipe)
+    taken = alternate({"ours": partial(seconds, make_trainer, model, tokenizer, encoded, recipe), "bare TRL": partial(seconds, plain_trainer, model, tokenizer, encoded, recipe)}, int(pairs))
+    ratios = [a / b for a, b in zip(taken["ours"], taken["bare TRL"])]
+    record("step", dict(recipe=name, steps=int(steps), seed=recipe.seed), {**{f"{k}, s a step": spread(t) for k, t in taken.items()}, "ratio ours / bare TRL": spread(ratios)})
