@@ -75,6 +75,8 @@ RECIPES = {  # words after the command: what the message must hold
     ("-p", "target", "word"): ["target", "one of letter"],
     ("--recipe", "toy", "-p", "model", "smollm"): ["model smollm", "built-in"],
     ("--recipe", "toy", "-p", "lora_targets", "q_proj,out_proj"): ["out_proj", "bypass"],
+    ("--recipe", "toy", "-p", "report_to", "tensorbord"): ["report_to", "did you mean tensorboard?"],
+    ("--recipe", "toy", "-p", "report_to", "comet_ml"): ["comet_ml is not installed", "pip install comet_ml"],
     ("--recipe", "toy", "--nproc-per-node", "0"): ["--nproc-per-node 0", "at least 1"],
     ("--recipe", "toy", "--nnodes", "2"): ["--rdzv-endpoint"],
     ("--recipe", "toy", "-p", "eval_data", "sample", "-p", "eval_split", "train"): ["every training row is also an evaluation row"],

@@ -69,6 +69,15 @@ def test_p_reaches_the_kernel_with_its_type(tmp_path, cli):
     assert {k: type(recipe[k]) for k in expected} == {k: type(v) for k, v in expected.items()}
 
 
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = launch_train(toy(tmp_path / "run", max_steps=2, report_to=["tensorboard"]))
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    told = [e.value for e in events.Scalars("train/loss")]
+    assert told == pytest.approx(losses(run), abs=1e-6)
+
+
 def notebook(folder: Path, *cells: str) -> Path:
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("world_size = 1", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)])
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
