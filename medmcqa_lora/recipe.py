@@ -48,7 +48,7 @@ class LoraKeys:
     lora_r: int = 16  # rank of A and B
     lora_alpha: int = 32  # the update is scaled by alpha / r
     lora_dropout: float = 0.0  # share of LoRA's input dropped in training
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])  # names of matrices
+    lora_targets: list[str] = field(default_factory=lambda: ["attention"])  # groups (attention, mamba_in, shared_experts, routed_experts, mlp) or names of matrices
     lora_r_experts: int | None = None  # rank for routed experts' fused matrices; none: lora_r
 
 # %% ../nbs/00_recipe.ipynb #20fbe91c
@@ -140,7 +140,7 @@ NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
-    ("lora_targets", lambda r: r.lora_targets, "names no matrix; try q_proj, k_proj, v_proj, o_proj"),
+    ("lora_targets", lambda r: r.lora_targets, "names nothing; try attention, mlp"),
     ("model", lambda r: r.model.strip(), "is empty; name a folder or a hub id"),
     ("data", lambda r: r.data.strip(), "is empty; name a file, a hub id, or sample"),
     ("early_stopping_patience", lambda r: r.early_stopping_patience is None or r.eval_steps, "needs eval_steps"),
