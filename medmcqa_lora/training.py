@@ -66,19 +66,19 @@ def peak_memory_gib() -> float: # GiB
 # %% ../nbs/03_training.ipynb #008dd0e3
 class MetricsWriter(TrainerCallback):
     "Appends a line a logged step to `metrics.jsonl`, and a line an evaluation to `evals.jsonl`."
-    def __init__(self, run: Path): self.run, self.seen, self.before, self.at = run, 0, 0, time.perf_counter()
+    def __init__(self, run: Path): self.run, self.seen, self.before, self.start, self.at = run, 0, 0, 0, time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         kept, _ = (trim_lines(self.run / f, lambda v: v["step"] <= state.global_step) for f in ("metrics.jsonl", "evals.jsonl"))
         self.before = kept[-1]["tokens"] if kept else 0  # TRL counts from 0 again after a resume
-        self.seen, self.at = 0, time.perf_counter()
+        self.seen, self.start, self.at = 0, state.num_input_tokens_seen, time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
         if "eval_loss" in logs: append_line(self.run / "evals.jsonl", {"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs: return
-        tokens, now = int(logs.get("num_tokens", state.num_input_tokens_seen)), time.perf_counter()
+        tokens, now = int(logs.get("num_tokens", state.num_input_tokens_seen - self.start)), time.perf_counter()
         speed = (tokens - self.seen) / max(now - self.at, 1e-9)
         append_line(self.run / "metrics.jsonl", {"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs["learning_rate"],
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
