@@ -33,13 +33,14 @@ def copy_project(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=NOT_COPIED))
 
 
-def run(*words, cwd: Path) -> None:
-    """Run a command on the copy's package; its output is shown if it fails."""
+def run(*words, cwd: Path) -> str:
+    """Run a command on the copy's package and return what it prints; that is shown if it fails."""
     path = [str(cwd), str(cwd / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(w) for w in words], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above")
+    return done.stdout
 
 
 def kept(name: str) -> Path:
@@ -59,7 +60,8 @@ def execute(name: str, copy: Path) -> None:
         run(sys.executable, "-c", "from medmcqa_lora.cli import main; main()", notebook.stem, *TOY, "--out", out, cwd=copy)
         notebook = copy / out / notebook.name
     else:
-        run(BIN / "nbdev-test", notebook, "--save", cwd=copy)
+        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy)
+        assert "Success" in told, told  # it exits with 0 where it finds nothing to test
     nb = nbformat.read(notebook, 4)
     for cell in nb.cells:  # progress bars and warnings with paths of this machine
         if cell.cell_type == "code":
