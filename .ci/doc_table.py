@@ -3,6 +3,7 @@
 nbdev's own renderer puts docments into the signature as comments, and loses them for dataclasses: the shell that
 makes the docs defines those anew, where they have no source file to read comments from.
 """
+import re
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import Parameter, formatannotation, isclass
@@ -13,6 +14,11 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from medmcqa_lora._modidx import d as index
 
 EMPTY = Parameter.empty
+
+
+def short(types: str) -> str:
+    """torch.nn.modules.module.Module is Module."""
+    return re.sub(r"\b[\w.]+\.(?=[A-Z])", "", types)
 
 
 def from_package(cls: type) -> type:
@@ -27,7 +33,7 @@ def table(sym) -> str:
             if text and name in made.dm:
                 made.dm[name].docment = text
     for p in made.dm.values():
-        p.anno = p.anno if p.anno is EMPTY else f"`{formatannotation(p.anno).removeprefix('typing.')}`"
+        p.anno = p.anno if p.anno is EMPTY else f"`{short(formatannotation(p.anno))}`"
         p.default = p.default if p.default is EMPTY else f"`{p.default!r}`"
     return made._repr_markdown_()
 
@@ -38,8 +44,7 @@ class DocTable(BasicMarkdownRenderer):
         rows = table(from_package(self.sym) if fields else self.sym)
         for p in getattr(self.dm, "dm", {}).values() if rows else ():
             p.docment = None  # they stand in the table
-        text = super()._repr_markdown_()
-        if fields:  # its signature would say the table again
-            head, _, rest = text.partition("```python\n")
-            text = f"{head}```python\nclass {self.nm}\n```{rest.partition('```')[2]}"
-        return f"{text}\n\n{rows}"
+        head, fence, rest = super()._repr_markdown_().partition("```python\n")
+        signature, end, rest = rest.partition("```")
+        signature = f"class {self.nm}\n" if fields else short(signature)  # fields stand in the table
+        return f"{head}{fence}{signature}{end}{rest}\n\n{rows}"
