@@ -1,6 +1,7 @@
 """Shared fixtures. Tests skip, and say so, where real rows or the small model are not to be had."""
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
 import pytest  # noqa: E402
 
@@ -45,6 +46,20 @@ def smollm2() -> str:
         return resolve_model("smollm2-135m-instruct")
     except ValueError as e:
         pytest.skip(f"SmolLM2-135M can't be had here: {e}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, the installed one: playwright's own is not downloaded."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+    if not path:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    flags = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=path, headless=True, args=[f"--{f}" for f in flags])  # with a fresh profile
+        yield started
+        started.close()
 
 
 @pytest.fixture
