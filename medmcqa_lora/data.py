@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'Question', 'read_file', 'read_source', 'flatten',
-           'settle_base', 'read_answer', 'identity', 'fingerprint', 'to_question', 'find_problems', 'distinct_ids',
-           'Loaded', 'load_questions', 'describe', 'load_pair', 'load_evaluation', 'to_frame', 'plot_questions',
-           'effective_target', 'question_text', 'render_prompt', 'render_target', 'encode', 'sample_tokenizer',
-           'Encoded', 'encode_examples', 'shorten', 'encode_questions', 'Example', 'show_example', 'Gallery',
+           'settle_base', 'read_answer', 'identity', 'fingerprint', 'to_question', 'find_problems', 'describe',
+           'distinct_ids', 'Loaded', 'load_questions', 'load_evaluation', 'load_pair', 'to_frame', 'plot_questions',
+           'effective_target', 'question_text', 'render_prompt', 'render_target', 'sample_tokenizer', 'encode',
+           'encode_examples', 'shorten', 'Encoded', 'encode_questions', 'Example', 'show_example', 'Gallery',
            'show_styles']
 
 # %% ../nbs/01_data.ipynb #33cba7d6
@@ -47,12 +47,13 @@ def _json_records(text: str, name: str) -> list[tuple[str, dict]]:
             raise ValueError(f"{name}: line {n} is not JSON ({e}); mend or delete that line") from None
     return records
 
-# %% ../nbs/01_data.ipynb #6c9b6dc0
+# %% ../nbs/01_data.ipynb #d9208967
 def _csv_records(text: str, name: str) -> list[tuple[str, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try: return [(f"line {reader.line_num}", row) for row in reader]
     except csv.Error as e: raise ValueError(f"{name}: line {reader.line_num} is not CSV ({e}); mend that line") from None
 
+# %% ../nbs/01_data.ipynb #4952d5c1
 def _parquet_records(path: Path) -> list[tuple[str, dict]]:
     import pyarrow.parquet as pq
     return [(f"row {i + 1}", row) for i, row in enumerate(pq.read_table(path).to_pylist())]
@@ -75,11 +76,12 @@ def read_file(path: Path # a .json, .jsonl, .csv or .parquet file
     if not records: raise ValueError(f"{path}: holds no rows; give a file with questions")
     return records
 
-# %% ../nbs/01_data.ipynb #6a5d213a
+# %% ../nbs/01_data.ipynb #275a5b26
 def _is_path(source: str) -> bool:
     path = Path(source)
     return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
 
+# %% ../nbs/01_data.ipynb #dd5b866d
 def _hub_records(source: str, split: str) -> list[tuple[str, dict]]:
     from datasets import load_dataset
     try: rows = load_dataset(source, split=split)
@@ -88,6 +90,7 @@ def _hub_records(source: str, split: str) -> list[tuple[str, dict]]:
                          f"{str(e).splitlines()[0][:120]}); check the name, the network and HF_HUB_OFFLINE") from None
     return [(f"row {i + 1}", row) for i, row in enumerate(rows)]
 
+# %% ../nbs/01_data.ipynb #a336f48b
 def read_source(source: str, # a file, `sample`, or a hub id
                 split: str = "" # the split wanted; rows of other splits are left out where rows name one
                ) -> list[tuple[str, dict]]: # (place, record)
@@ -100,9 +103,7 @@ def read_source(source: str, # a file, `sample`, or a hub id
     if split not in named: raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(sorted(map(str, named)))}")
     return [(w, r) for w, r in records if isinstance(r, dict) and r.get("split") == split]
 
-# %% ../nbs/01_data.ipynb #e39ce01f
-FIELDS = ("question", "opa", "opb", "opc", "opd")
-
+# %% ../nbs/01_data.ipynb #b01fc971
 def _nested(record: dict, where: str) -> dict:
     data = record["data"]
     if isinstance(data, str):
@@ -115,6 +116,9 @@ def _nested(record: dict, where: str) -> dict:
     flat = {"question": data["Question"], **{f"op{c.lower()}": options[c] for c in LETTERS}, "cop": data.get("Correct Option")}
     return {**record, **flat, "exp": record.get("explanation", record.get("exp"))}
 
+# %% ../nbs/01_data.ipynb #c80d1956
+FIELDS = ("question", "opa", "opb", "opc", "opd")
+
 def flatten(record: dict, # as read
             where: str # its place, for the message
            ) -> dict: # with question, opa to opd, cop
@@ -125,13 +129,14 @@ def flatten(record: dict, # as read
     if missing: raise ValueError(f"{where}: field {missing[0]} is missing; a row needs {', '.join(FIELDS)} and cop, or a nested data field")
     return record
 
-# %% ../nbs/01_data.ipynb #defbde6e
+# %% ../nbs/01_data.ipynb #35b67b11
 def _number(cop) -> int | None:
     if isinstance(cop, bool) or cop is None: return None
     if isinstance(cop, float) and cop.is_integer(): return int(cop)
     try: return int(cop) if not isinstance(cop, float) else None
     except (TypeError, ValueError): return None
 
+# %% ../nbs/01_data.ipynb #48b3c0b4
 def settle_base(cops: list, # the raw `cop` values
                 label_base: str = "auto" # the user's word: auto, 0 or 1
                ) -> str: # "0", "1" or "letters"
@@ -155,21 +160,24 @@ def read_answer(cop, # raw value of one row
     index = None if number is None or base == "letters" else number - int(base)
     return index if index in (0, 1, 2, 3) else None
 
-# %% ../nbs/01_data.ipynb #316fe98c
+# %% ../nbs/01_data.ipynb #9569c5c4
 def _fold(text) -> str: return " ".join(str(text).split())
 
+# %% ../nbs/01_data.ipynb #cdc5f689
 def identity(q: Question) -> str: # 64 hexadecimal digits
     "A sha256 of stem and options, white space folded."
     return hashlib.sha256(json.dumps([_fold(q.question), *map(_fold, q.options)], ensure_ascii=False).encode()).hexdigest()
 
+# %% ../nbs/01_data.ipynb #806f32d8
 def fingerprint(questions: list[Question]) -> str: # 64 hexadecimal digits
     "A sha256 of the questions and their answers, whatever their order."
     rows = sorted(f"{identity(q)}:{q.answer}" for q in questions)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
-# %% ../nbs/01_data.ipynb #0b4ae24a
+# %% ../nbs/01_data.ipynb #c7c288dc
 def _text(value) -> str: return "" if value is None else str(value).strip()
 
+# %% ../nbs/01_data.ipynb #0a92af83
 def to_question(record: dict, where: str, base: str) -> Question: # answer -2 where the row's is out of range
     "One flat record as a `Question`."
     answer = read_answer(record.get("cop"), base)
@@ -179,15 +187,17 @@ def to_question(record: dict, where: str, base: str) -> Question: # answer -2 wh
                  explanation=_text(record.get("exp")), split=_text(record.get("split")), where=where)
     return q if q.id else replace(q, id=identity(q)[:16])
 
-# %% ../nbs/01_data.ipynb #7a40bb45
+# %% ../nbs/01_data.ipynb #93a908df
 ERRORS = {
     "empty question": lambda q: not q.question,
     "empty option": lambda q: not all(q.options),
     "answer missing": lambda q: q.answer == -1,
     "answer out of range": lambda q: q.answer == -2,
 }
+
 WARNINGS = {"duplicate options": lambda q: len({_fold(o).lower() for o in q.options}) < 4}
 
+# %% ../nbs/01_data.ipynb #c9603e29
 def find_problems(questions: list[Question]) -> dict[str, list[Question]]: # problem -> the rows that have it
     "Rows by problem, in file order; a row may have several."
     found = {name: [q for q in questions if bad(q)] for name, bad in {**ERRORS, **WARNINGS}.items()}
@@ -199,6 +209,12 @@ def find_problems(questions: list[Question]) -> dict[str, list[Question]]: # pro
     twice = [q for q in questions if ids[q.id] > 1 and q not in repeated]
     return {name: rows for name, rows in {**found, "duplicate question": repeated, "duplicate id": twice}.items() if rows}
 
+# %% ../nbs/01_data.ipynb #550ea380
+def describe(problems: dict[str, list[Question]], show: int = 3) -> str: # such as "empty option: 2 (line 3, q7)"
+    "Counts per problem with the first rows' ids and places."
+    return "; ".join(f"{name}: {len(rows)} ({', '.join(f'{q.where} {q.id}' for q in rows[:show])}{', …' if len(rows) > show else ''})"
+                     for name, rows in problems.items()) or "no problems"
+
 # %% ../nbs/01_data.ipynb #30e428dc
 def distinct_ids(questions: list[Question]) -> list[Question]: # in the same order
     "Questions whose ids differ: a second q7 becomes q7#2, so that no two share a prediction."
@@ -208,7 +224,7 @@ def distinct_ids(questions: list[Question]) -> list[Question]: # in the same ord
         rows.append(q if seen[q.id] == 1 else replace(q, id=f"{q.id}#{seen[q.id]}"))
     return rows
 
-# %% ../nbs/01_data.ipynb #c5c2d235
+# %% ../nbs/01_data.ipynb #886c934f
 @dataclass(frozen=True)
 class Loaded:
     "Questions in use, and an account of the rest."
@@ -219,6 +235,7 @@ class Loaded:
     read: int  # rows read
     dropped: int = 0  # rows left out because of a problem
 
+# %% ../nbs/01_data.ipynb #28f7ee5b
 def load_questions(source: str, # a file, `sample` or a hub id
                    split: str = "", # its split
                    label_base: str = "auto", # auto, 0 or 1
@@ -237,12 +254,12 @@ def load_questions(source: str, # a file, `sample` or a hub id
     if not usable: raise ValueError(f"{source}: none of {len(rows)} rows is usable ({describe(problems)}); see medmcqa-lora check-data")
     return Loaded(usable[:limit], base, problems, source, len(rows), len(out))
 
-def describe(problems: dict[str, list[Question]], show: int = 3) -> str: # such as "empty option: 2 (line 3, q7)"
-    "Counts per problem with the first rows' ids and places."
-    return "; ".join(f"{name}: {len(rows)} ({', '.join(f'{q.where} {q.id}' for q in rows[:show])}{', …' if len(rows) > show else ''})"
-                     for name, rows in problems.items()) or "no problems"
+# %% ../nbs/01_data.ipynb #640ade31
+def load_evaluation(recipe: Recipe) -> Loaded: # evaluation rows
+    "The evaluation rows of a recipe; raises `ValueError`."
+    return load_questions(recipe.eval_data or recipe.data, recipe.eval_split, recipe.label_base, limit=recipe.max_eval_rows)
 
-# %% ../nbs/01_data.ipynb #31b48827
+# %% ../nbs/01_data.ipynb #b7a7d7d8
 def load_pair(recipe: Recipe) -> tuple[Loaded, Loaded]: # training rows, evaluation rows
     "The two sets of a recipe, without a question in common; raises `ValueError`."
     evaluation = load_evaluation(recipe)
@@ -253,10 +270,6 @@ def load_pair(recipe: Recipe) -> tuple[Loaded, Loaded]: # training rows, evaluat
     if not kept: raise ValueError(f"{recipe.data}: every training row is also an evaluation row; give eval_data another file or split")
     problems = training.problems | ({"in the evaluation rows": shared} if shared else {})
     return replace(training, questions=kept[:recipe.max_rows], problems=problems, dropped=training.dropped + len(shared)), evaluation
-
-def load_evaluation(recipe: Recipe) -> Loaded: # evaluation rows
-    "The evaluation rows of a recipe; raises `ValueError`."
-    return load_questions(recipe.eval_data or recipe.data, recipe.eval_split, recipe.label_base, limit=recipe.max_eval_rows)
 
 # %% ../nbs/01_data.ipynb #8375b520
 import pandas as pd, seaborn as sns, matplotlib.pyplot as plt
@@ -286,7 +299,7 @@ def plot_questions(questions: list[Question] # at least one
     plt.close(fig)  # returned, not shown twice
     return fig
 
-# %% ../nbs/01_data.ipynb #bb646acf
+# %% ../nbs/01_data.ipynb #f440a133
 ASK = {"letter": "Answer with the letter alone.", "letter_and_text": "Answer with the letter and the text of the option.",
        "explanation_then_letter": "Explain in a sentence or two, then write 'Answer:' and the letter."}  # for chat
 
@@ -294,6 +307,7 @@ def effective_target(q: Question, target: str) -> str: # a value of the recipe's
     "What a question is really asked for: the letter, if an explanation is wanted and it has none."
     return "letter" if target == "explanation_then_letter" and not q.explanation else target
 
+# %% ../nbs/01_data.ipynb #076aee60
 def question_text(q: Question, style: str) -> str: # ends in a line break
     "Stem and options, before the word that asks for the answer."
     return f"Question: {q.question}\n" + "Choices:\n" * (style == "lm_eval") + "".join(f"{c}. {o}\n" for c, o in zip(LETTERS, q.options))
@@ -320,17 +334,6 @@ def render_target(q: Question, # labelled
             "explanation_then_letter": f"{q.explanation}\nAnswer: {letter}"}[effective_target(q, target)]
     return text if style == "chat" else " " + text
 
-# %% ../nbs/01_data.ipynb #963b3170
-def encode(prompts: list[str], # N prompts
-           targets: list[str], # N targets
-           tokenizer, # a fast tokenizer of transformers
-           special: bool = True # add BOS where the model has one; chat templates bring their own
-          ) -> list[dict]: # N of {input_ids: (T,), labels: (T,) with -100 on the prompt}
-    "Token ids of prompt + target with the target's positions marked."
-    batch = tokenizer([p + t for p, t in zip(prompts, targets)], add_special_tokens=special, return_offsets_mapping=True)
-    def mark(ids, offsets, border): return {"input_ids": ids, "labels": [i if end > border else -100 for i, (_, end) in zip(ids, offsets)]}
-    return [mark(i, o, len(p)) for i, o, p in zip(batch["input_ids"], batch["offset_mapping"], prompts)]
-
 # %% ../nbs/01_data.ipynb #fdcf9826
 def sample_tokenizer(vocab_size: int = 1024): # a transformers fast tokenizer with BOS, EOS and padding
     "A small byte-level BPE tokenizer learnt from the shipped sample; the same every time."
@@ -345,15 +348,18 @@ def sample_tokenizer(vocab_size: int = 1024): # a transformers fast tokenizer wi
     template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right", chat_template=template)
 
-# %% ../nbs/01_data.ipynb #eb57cf42
-@dataclass(frozen=True)
-class Encoded:
-    "Training examples as token ids, and what `max_length` did to them."
-    rows: Sequence[dict]  # a `datasets.Dataset` with columns input_ids, labels; a row an example
-    too_long: list[Question]  # left out: more than max_length tokens
-    tokens: int  # in all rows
-    shortened: list[Question]  # as they were before their explanation was cut
+# %% ../nbs/01_data.ipynb #963b3170
+def encode(prompts: list[str], # N prompts
+           targets: list[str], # N targets
+           tokenizer, # a fast tokenizer of transformers
+           special: bool = True # add BOS where the model has one; chat templates bring their own
+          ) -> list[dict]: # N of {input_ids: (T,), labels: (T,) with -100 on the prompt}
+    "Token ids of prompt + target with the target's positions marked."
+    batch = tokenizer([p + t for p, t in zip(prompts, targets)], add_special_tokens=special, return_offsets_mapping=True)
+    def mark(ids, offsets, border): return {"input_ids": ids, "labels": [i if end > border else -100 for i, (_, end) in zip(ids, offsets)]}
+    return [mark(i, o, len(p)) for i, o, p in zip(batch["input_ids"], batch["offset_mapping"], prompts)]
 
+# %% ../nbs/01_data.ipynb #8e1d13d1
 def encode_examples(questions: list[Question], tokenizer, recipe: Recipe) -> list[dict]: # of {input_ids, labels}, of any length
     "Prompt and target of each question as token ids."
     style, target = recipe.prompt_style, recipe.target
@@ -363,9 +369,19 @@ def encode_examples(questions: list[Question], tokenizer, recipe: Recipe) -> lis
         for row in rows: row["input_ids"].append(tokenizer.eos_token_id); row["labels"].append(tokenizer.eos_token_id)
     return rows
 
+# %% ../nbs/01_data.ipynb #cd6476dc
 def shorten(q: Question, by: int) -> Question: # a word is at least a token
     "The question without the last `by` words of its explanation."
     return replace(q, explanation=" ".join(q.explanation.split()[:-by]))
+
+# %% ../nbs/01_data.ipynb #34e57405
+@dataclass(frozen=True)
+class Encoded:
+    "Training examples as token ids, and what `max_length` did to them."
+    rows: Sequence[dict]  # a `datasets.Dataset` with columns input_ids, labels; a row an example
+    too_long: list[Question]  # left out: more than max_length tokens
+    tokens: int  # in all rows
+    shortened: list[Question]  # as they were before their explanation was cut
 
 # %% ../nbs/01_data.ipynb #5f3dbd77
 def encode_questions(questions: list[Question], tokenizer, recipe: Recipe) -> Encoded: # raises `ValueError` if none fits
@@ -381,7 +397,7 @@ def encode_questions(questions: list[Question], tokenizer, recipe: Recipe) -> En
     return Encoded(Dataset.from_list(kept), [q for q, ok in zip(questions, fits) if not ok], sum(len(r["input_ids"]) for r in kept),
                    [questions[i] for i in cut if fits[i]])
 
-# %% ../nbs/01_data.ipynb #7c39c432
+# %% ../nbs/01_data.ipynb #14d95ddf
 @dataclass(frozen=True)
 class Example:
     "One encoded example, shown with prompt and target told apart."
@@ -394,12 +410,13 @@ class Example:
         return (f'<pre style="white-space:pre-wrap"><span style="color:#777">{escape(self.prompt)}</span>'
                 f'<span style="background:#bde5bd;color:#000">{escape(self.target)}</span></pre>')
 
+# %% ../nbs/01_data.ipynb #8e750ed9
 def show_example(row: dict, tokenizer) -> Example: # of {input_ids, labels}
     "The text of an encoded example, split where supervision begins."
     parts = [[i for i, l in zip(row["input_ids"], row["labels"]) if (l != -100) == on] for on in (False, True)]
     return Example(*(tokenizer.decode(p, skip_special_tokens=False) for p in parts))
 
-# %% ../nbs/01_data.ipynb #9114692b
+# %% ../nbs/01_data.ipynb #5417a9f4
 @dataclass(frozen=True)
 class Gallery:
     "Encoded examples under their headings."
@@ -409,6 +426,7 @@ class Gallery:
 
     def _repr_html_(self): return "".join(f"<h6>{escape(name)}</h6>{e._repr_html_()}" for name, e in self.examples.items())
 
+# %% ../nbs/01_data.ipynb #d7aa1616
 def show_styles(q: Question, tokenizer, styles=("plain", "lm_eval", "chat"), targets=tuple(ASK)) -> Gallery:
     "One question rendered in each style for each target."
     recipes = {f"prompt_style = {s}, target = {t}": Recipe(prompt_style=s, target=t) for s in styles for t in targets}

@@ -9,7 +9,7 @@ __all__ = ['write_whole', 'write_json', 'save_figure', 'append_line', 'read_line
 import io, json, os
 from pathlib import Path
 
-# %% ../nbs/00a_files.ipynb #7acb5e50
+# %% ../nbs/00a_files.ipynb #775ab9f9
 def write_whole(path: Path, # its folder must exist
                 content: str | bytes # text is written as UTF-8
                ) -> Path: # the same path
@@ -24,6 +24,7 @@ def write_whole(path: Path, # its folder must exist
     finally: work.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/00a_files.ipynb #20334ba7
 def write_json(path: Path, value) -> Path: # the same path
     "Write a value as indented JSON, whole or not at all."
     return write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -38,11 +39,12 @@ def save_figure(fig, # a matplotlib Figure
     write_whole(path, buffer.getvalue())
     return fig
 
-# %% ../nbs/00a_files.ipynb #e4c84db2
+# %% ../nbs/00a_files.ipynb #1c2dbdd2
 def append_line(path: Path, value: dict) -> None:
     "Append one JSON object as a line and flush it."
     with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
+# %% ../nbs/00a_files.ipynb #cedd245f
 def read_lines(path: Path) -> list[dict]: # [] if the file is missing
     "The objects of a JSON-lines file; drops a torn last line, raises `ValueError` naming any other broken one."
     lines = path.read_bytes().split(b"\n") if path.exists() else []

@@ -37,10 +37,12 @@ def generate_texts(model: nn.Module, # in eval mode
     written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     return tokenizer.batch_decode(written[:, ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/04a_generation.ipynb #74dbf6c1
+# %% ../nbs/04a_generation.ipynb #d6368c1c
 LEADING = re.compile(r"^[\s\"'*(\[]*([A-D])(?:[).:,;\]*\"']|\s*$|\s*\n)")
+
 SAID = re.compile(r"(?i:answer)(?:\s+is)?\s*:?\s*(?:(?i:option)\s+)?[\"'*(\[]*(?:([A-D])\b(?!')|([a-d])(?=[).:,;\]*\"']|\s*$|\s*\n))")
 
+# %% ../nbs/04a_generation.ipynb #040e1241
 def parse_letter(text: str, # what the model wrote
                  options: tuple[str, ...] = () # the question's options; their text counts as an answer
                 ) -> str | None: # A to D; none: unparseable
@@ -51,14 +53,16 @@ def parse_letter(text: str, # what the model wrote
     named = [c for c, o in zip(LETTERS, options) if o and re.search(rf"(?<!\w){re.escape(' '.join(o.lower().split()))}(?!\w)", folded)]
     return named[0] if len(named) == 1 else None
 
-# %% ../nbs/04a_generation.ipynb #251930a5
+# %% ../nbs/04a_generation.ipynb #02ff70db
 GENERATED_TOKENS = {"letter": 16, "letter_and_text": 32, "explanation_then_letter": 256}  # enough for "The correct answer is B", an option, an explanation
 
+# %% ../nbs/04a_generation.ipynb #00d3ba24
 def generated(q: Question, text: str) -> dict: # as written to generations.jsonl
     "One question's written answer."
     letter = parse_letter(text, q.options)
     return dict(id=q.id, subject=q.subject, answer=LETTERS[q.answer], prediction=letter, text=text, correct=letter == LETTERS[q.answer])
 
+# %% ../nbs/04a_generation.ipynb #33779ac8
 def generate_answers(model: nn.Module, tokenizer, questions: list[Question], recipe: Recipe, folder: Path, # exists
                      rank: int = 0, world_size: int = 1, # this process among all
                      quiet: bool = False # no progress bar

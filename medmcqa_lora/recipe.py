@@ -92,19 +92,23 @@ def recipe_types() -> dict[str, type]:  # key -> its type, in the order of listi
     hints = get_type_hints(Recipe)
     return {f.name: hints[f.name] for f in fields(Recipe)}
 
-# %% ../nbs/00_recipe.ipynb #c48b26ac
+# %% ../nbs/00_recipe.ipynb #32cd6fd8
 class RecipeError(ValueError):
     "A recipe that can't be used; the message lists every problem found."
 
-BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # yes/no, true/false, on/off, 1/0
-
+# %% ../nbs/00_recipe.ipynb #9850ed60
 def expected(kind: type) -> str:  # such as "a whole number or none"
     "What a value of this type looks like, in words."
     if typing.get_origin(kind) is Literal: return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_args(kind) and type(None) in typing.get_args(kind): return expected(typing.get_args(kind)[0]) + " or none"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "names, with commas between")
 
-# %% ../nbs/00_recipe.ipynb #851ae0a2
+# %% ../nbs/00_recipe.ipynb #bb6ff3e4
+def _refuse(value, kind): raise ValueError(f"{value!r} is not {expected(kind)}")
+
+# %% ../nbs/00_recipe.ipynb #f8dc0f47
+BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # yes/no, true/false, on/off, 1/0
+
 def parse_value(text: str, # as written in an .ini file or after -p
                 kind: type # the key's type, from `recipe_types`
                ): # a value of that type
@@ -116,8 +120,6 @@ def parse_value(text: str, # as written in an .ini file or after -p
     if typing.get_origin(kind) is Literal: return text if text in args else _refuse(text, kind)
     try: return kind(text)
     except ValueError: return _refuse(text, kind)
-
-def _refuse(value, kind): raise ValueError(f"{value!r} is not {expected(kind)}")
 
 # %% ../nbs/00_recipe.ipynb #d3cc97e2
 def fits(value, # any object
@@ -131,12 +133,14 @@ def fits(value, # any object
     if kind in (int, float) and isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind)
 
-# %% ../nbs/00_recipe.ipynb #1cdee144
+# %% ../nbs/00_recipe.ipynb #28350562
 POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit",
             "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience")
+
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
+# %% ../nbs/00_recipe.ipynb #74462ccb
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
@@ -188,12 +192,13 @@ def read_ini(path: Path) -> configparser.ConfigParser: # sections of raw text
         raise RecipeError(f"{path}: not a readable .ini file ({' '.join(str(e).split())}); compare it with settings.ini") from None
     return ini
 
-# %% ../nbs/00_recipe.ipynb #2cdfc0f2
+# %% ../nbs/00_recipe.ipynb #3fb1bb65
 def nearest(word: str, known) -> str: # such as "; did you mean lora_r?" or ""
     "A hint at the known name that is most like `word`."
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
+# %% ../nbs/00_recipe.ipynb #164db59b
 def find_section(name: str) -> tuple[Path, str, dict[str, str]]: # file, section, its raw values
     "Find a recipe by its section's name or an .ini file's path; raises `RecipeError` if there is none."
     file, _, section = name.partition(":") if ".ini" in name else ("", "", name)
@@ -205,7 +210,7 @@ def find_section(name: str) -> tuple[Path, str, dict[str, str]]: # file, section
         raise RecipeError(f"--recipe {name}: {path.name} has no section [{section}]{nearest(section, ini.sections())} (it has {', '.join(ini.sections())})")
     return path, section, dict(ini[section])
 
-# %% ../nbs/00_recipe.ipynb #ec64968c
+# %% ../nbs/00_recipe.ipynb #dee5b20a
 def read_values(raw: dict[str, str], where: str) -> tuple[dict, list[str]]: # typed values, problems
     "Read raw text values; unknown keys and words of the wrong type become problems."
     types, values, bad = recipe_types(), {}, []
@@ -215,6 +220,7 @@ def read_values(raw: dict[str, str], where: str) -> tuple[dict, list[str]]: # ty
         except ValueError as e: bad.append(f"{where}: {key} = {e}")
     return values, bad
 
+# %% ../nbs/00_recipe.ipynb #467a3bb3
 def load_recipe(name: str = "demo", # a section of settings.ini, or FILE.ini, or FILE.ini:SECTION
                 overrides: dict[str, str] | None = None # -p KEY VALUE, as text
                ) -> Recipe: # typed and checked
