@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
+from .experts import use_grouped_experts
 
 # %% ../nbs/02_model.ipynb #df8fe605
 def cache_dir() -> Path: # made if missing
@@ -292,7 +293,9 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
     from peft import get_peft_model
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return get_peft_model(model, lora_config(model, recipe))
+        tuned = get_peft_model(model, lora_config(model, recipe))
+    use_grouped_experts(tuned, adapted=True)
+    return tuned
 
 def _attach_unsloth(model: nn.Module, recipe: Recipe) -> nn.Module:
     from unsloth import FastLanguageModel
@@ -349,7 +352,9 @@ def check_adapter(folder: Path, model_name: str) -> None:
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
     "Put a saved adapter on its base model."
     from peft import PeftModel
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+    use_grouped_experts(tuned, adapted=True)
+    return tuned
 
 # %% ../nbs/02_model.ipynb #7b0bffda
 def planned_model(name: str # a recipe's model

@@ -37,7 +37,7 @@ def training_arguments(recipe: Recipe, run: Path): # a `trl.SFTConfig`
                      bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
                      eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
                      greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
-                     ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+                     include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
 
 # %% ../nbs/03_training.ipynb #296fe541
 MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast")  # don't decide a loss
@@ -66,19 +66,19 @@ def peak_memory_gib() -> float: # GiB
 # %% ../nbs/03_training.ipynb #008dd0e3
 class MetricsWriter(TrainerCallback):
     "Appends a line a logged step to `metrics.jsonl`, and a line an evaluation to `evals.jsonl`."
-    def __init__(self, run: Path): self.run, self.seen, self.before, self.at = run, 0, 0, time.perf_counter()
+    def __init__(self, run: Path): self.run, self.seen, self.before, self.start, self.at = run, 0, 0, 0, time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         kept, _ = (trim_lines(self.run / f, lambda v: v["step"] <= state.global_step) for f in ("metrics.jsonl", "evals.jsonl"))
         self.before = kept[-1]["tokens"] if kept else 0  # TRL counts from 0 again after a resume
-        self.seen, self.at = 0, time.perf_counter()
+        self.seen, self.start, self.at = 0, state.num_input_tokens_seen, time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
         if "eval_loss" in logs: append_line(self.run / "evals.jsonl", {"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs: return
-        tokens, now = int(logs.get("num_tokens", 0)), time.perf_counter()
+        tokens, now = int(logs.get("num_tokens", state.num_input_tokens_seen - self.start)), time.perf_counter()
         speed = (tokens - self.seen) / max(now - self.at, 1e-9)
         append_line(self.run / "metrics.jsonl", {"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs["learning_rate"],
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
@@ -98,7 +98,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or "loss" not in (logs or {}): return
-        speed = logs.get("num_tokens", 0) / max(self.bar.format_dict["elapsed"], 1e-9)
+        speed = logs.get("num_tokens", state.num_input_tokens_seen) / max(self.bar.format_dict["elapsed"], 1e-9)
         self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
