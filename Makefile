@@ -29,7 +29,7 @@ test-all: .venv/.installed  ## the tests with every repetition
 	MEDMCQA_TEST_ALL=1 $(BIN)/python -m pytest
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab nbs  # tqdm's bars are text here; its advice would stand in every notebook
 
 docs: .venv/.installed  ## the site, in _docs/: Quarto where it is installed, else a preview
 	$(BIN)/python .ci/build_docs.py

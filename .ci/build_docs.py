@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 KEPT = ROOT / "_proc"
 TOY = ["--recipe", "toy", "-p", "max_steps", "12", "-p", "save_steps", "12"]  # the run notebooks' pages show a run of seconds
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "_runs", "_proc", "_docs", "__pycache__", ".ipynb_checkpoints", ".*_cache")
 
 
 def notebooks() -> list[str]:
@@ -30,7 +29,9 @@ def notebooks() -> list[str]:
 
 
 def copy_project(to: Path) -> Path:
-    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=NOT_COPIED))
+    def left(_, names): return [n for n in names if n.startswith((".", "_runs", "_proc", "_docs", "__pycache__")) and n != ".ci"]
+
+    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=left))
 
 
 def run(*words, cwd: Path) -> str:

@@ -37,7 +37,8 @@ def lab(tmp_path_factory, browser):
         nbformat.write(nb, notebook)
     token = secrets.token_hex(16)
     places = {f"JUPYTER_{kind}_DIR": str(work / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    env = {**os.environ, **places, "JUPYTER_TOKEN": token, "PYTHONPATH": os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, **places, "JUPYTER_TOKEN": token, "PYTHONWARNINGS": "ignore:IProgress not found",  # as make lab
+           "PYTHONPATH": os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])}
     words = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={copy / 'nbs'}",
              "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
     quiet = work / "config/labconfig/default_setting_overrides.json"  # no question whether news may be fetched
