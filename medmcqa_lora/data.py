@@ -10,9 +10,9 @@ __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'Questi
            'encode_examples', 'shorten', 'Encoded', 'encode_questions', 'Example', 'show_example', 'Gallery',
            'show_styles']
 
-# %% ../nbs/01_data.ipynb #33cba7d6
+# %% ../nbs/01_data.ipynb #ae1e0d22
 import csv, hashlib, io, json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -36,11 +36,11 @@ class Question:
     split: str = ""  # "train", "validation" or empty
     where: str = ""  # such as "line 12"
 
-# %% ../nbs/01_data.ipynb #f9beb44e
+# %% ../nbs/01_data.ipynb #6d4ac216
 def _json_records(text: str, name: str) -> list[tuple[str, dict]]:
     if text.lstrip().startswith("[") and not name.endswith(".jsonl"): return [(f"row {i + 1}", r) for i, r in enumerate(json.loads(text))]
     records = []
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
         if not line.strip(): continue
         try: records.append((f"line {n}", json.loads(line)))
         except (json.JSONDecodeError, RecursionError) as e:
@@ -129,12 +129,12 @@ def flatten(record: dict, # as read
     if missing: raise ValueError(f"{where}: field {missing[0]} is missing; a row needs {', '.join(FIELDS)} and cop, or a nested data field")
     return record
 
-# %% ../nbs/01_data.ipynb #35b67b11
+# %% ../nbs/01_data.ipynb #bead3e0a
 def _number(cop) -> int | None:
-    if isinstance(cop, bool) or cop is None: return None
-    if isinstance(cop, float) and cop.is_integer(): return int(cop)
-    try: return int(cop) if not isinstance(cop, float) else None
-    except (TypeError, ValueError): return None
+    if isinstance(cop, bool): return None
+    try: number = float(cop)  # pandas writes 2.0 where other labels are missing
+    except (TypeError, ValueError, OverflowError): return None
+    return int(number) if number.is_integer() else None
 
 # %% ../nbs/01_data.ipynb #48b3c0b4
 def settle_base(cops: list, # the raw `cop` values
@@ -154,7 +154,7 @@ def read_answer(cop, # raw value of one row
                 base: str # from `settle_base`
                ) -> int | None: # 0 to 3; -1 unlabelled; None out of range
     "The index of the correct option."
-    if cop is None or str(cop).strip() in ("", "-1"): return -1
+    if cop is None or str(cop).strip() in ("", "-1", "-1.0", "nan"): return -1
     if str(cop).strip().upper() in tuple(LETTERS): return LETTERS.index(str(cop).strip().upper())
     number = _number(cop)
     index = None if number is None or base == "letters" else number - int(base)
@@ -197,16 +197,18 @@ ERRORS = {
 
 WARNINGS = {"duplicate options": lambda q: len({_fold(o).lower() for o in q.options}) < 4}
 
-# %% ../nbs/01_data.ipynb #c9603e29
+# %% ../nbs/01_data.ipynb #fc492ecb
 def find_problems(questions: list[Question]) -> dict[str, list[Question]]: # problem -> the rows that have it
     "Rows by problem, in file order; a row may have several."
     found = {name: [q for q in questions if bad(q)] for name, bad in {**ERRORS, **WARNINGS}.items()}
-    first, repeated, ids = set(), [], Counter(q.id for q in questions)
+    first, repeated, ids, contents = set(), [], Counter(q.id for q in questions), defaultdict(set)
     for q in questions:
         key = identity(q)
+        contents[q.id].add(key)
         repeated += [q] if key in first else []
         first.add(key)
-    twice = [q for q in questions if ids[q.id] > 1 and q not in repeated]
+    same = {id(q) for q in repeated}
+    twice = [q for q in questions if ids[q.id] > 1 and id(q) not in same and len(contents[q.id]) > 1]
     return {name: rows for name, rows in {**found, "duplicate question": repeated, "duplicate id": twice}.items() if rows}
 
 # %% ../nbs/01_data.ipynb #550ea380

@@ -24,9 +24,9 @@ def write_whole(path: Path, # its folder must exist
     finally: work.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00a_files.ipynb #20334ba7
+# %% ../nbs/00a_files.ipynb #e43aa532
 def write_json(path: Path, value) -> Path: # the same path
-    "Write a value as indented JSON, whole or not at all."
+    "Write a value as indented JSON, whole or not at all; raises `TypeError` or `ValueError` for what JSON can't hold."
     return write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/00a_files.ipynb #4b15fd24
@@ -39,9 +39,9 @@ def save_figure(fig, # a matplotlib Figure
     write_whole(path, buffer.getvalue())
     return fig
 
-# %% ../nbs/00a_files.ipynb #1c2dbdd2
+# %% ../nbs/00a_files.ipynb #0781fff0
 def append_line(path: Path, value: dict) -> None:
-    "Append one JSON object as a line and flush it."
+    "Append one JSON object as a line and flush it; raises `ValueError` for NaN."
     with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/00a_files.ipynb #cedd245f
@@ -55,11 +55,11 @@ def read_lines(path: Path) -> list[dict]: # [] if the file is missing
         except ValueError: raise ValueError(f"{path}: line {n} is not JSON; the file was changed after the run wrote it") from None
     return values
 
-# %% ../nbs/00a_files.ipynb #855408e9
+# %% ../nbs/00a_files.ipynb #24d9db4d
 def trim_lines(path: Path, # a JSON-lines file, or none yet
                keep=lambda value: True # which objects stay
               ) -> list[dict]: # those
-    "Rewrite a log with the whole lines that `keep` accepts."
+    "Rewrite a log with the whole lines that `keep` accepts; raises `ValueError` naming a broken line."
     values = [v for v in read_lines(path) if keep(v)]
-    if path.exists(): write_whole(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values))
+    if path.exists(): write_whole(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values))
     return values

@@ -23,11 +23,13 @@ def pad_left(rows: list[list[int]], # B × (T,) ids
     ids, mask = pad_right([row[::-1] for row in rows], pad)
     return ids.flip(1), mask.flip(1)
 
-# %% ../nbs/04a_generation.ipynb #d6352f55
+# %% ../nbs/04a_generation.ipynb #e716b707
 @torch.inference_mode()
 def generate_texts(model: nn.Module, # in eval mode
                    rows: list[list[int]], # B × (T,) ids of prompts
-                   tokenizer, max_new_tokens: int) -> list[str]: # B continuations, without special tokens
+                   tokenizer, # the model's, with a padding token
+                   max_new_tokens: int # tokens, at most
+                  ) -> list[str]: # B continuations, without special tokens
     "What the model writes behind each prompt, greedily; raises `ValueError` for a model in training mode."
     from transformers import GenerationConfig
     if model.training: raise ValueError("generation needs model.eval(): the fused training path lets left padding into the Mamba state")
@@ -37,17 +39,18 @@ def generate_texts(model: nn.Module, # in eval mode
     written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     return tokenizer.batch_decode(written[:, ids.shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/04a_generation.ipynb #d6368c1c
-LEADING = re.compile(r"^[\s\"'*(\[]*([A-D])(?:[).:,;\]*\"']|\s*$|\s*\n)")
+# %% ../nbs/04a_generation.ipynb #f0ba749a
+LEADING = re.compile(r"^[\s\"'*(\[]*(?:([A-D])(?:[).:,;\]*\"']|\s*$|\s*\n|\s+is\b)|([a-d])[).])")
 
-SAID = re.compile(r"(?i:answer)(?:\s+is)?\s*:?\s*(?:(?i:option)\s+)?[\"'*(\[]*(?:([A-D])\b(?!')|([a-d])(?=[).:,;\]*\"']|\s*$|\s*\n))")
+SAID = re.compile(r"(?i:answer(?:\s+is)?\s*:?\s*(?:option\s+)?|(?:option|choice)\s+)[\"'*(\[]*(?:([A-D])\b(?!')|([a-d])(?=[).:,;\]*\"']|\s*$|\s*\n))")
 
-# %% ../nbs/04a_generation.ipynb #040e1241
+# %% ../nbs/04a_generation.ipynb #8f419954
 def parse_letter(text: str, # what the model wrote
                  options: tuple[str, ...] = () # the question's options; their text counts as an answer
                 ) -> str | None: # A to D; none: unparseable
     "The letter that a written answer means."
-    if found := LEADING.match(text): return found[1]
+    text = text.split("\nQuestion:")[0]  # base models go on with a question of their own, and answer that
+    if found := LEADING.match(text): return (found[1] or found[2]).upper()
     if said := SAID.findall(text): return "".join(said[-1]).upper()
     folded = " ".join(text.lower().split())
     named = [c for c, o in zip(LETTERS, options) if o and re.search(rf"(?<!\w){re.escape(' '.join(o.lower().split()))}(?!\w)", folded)]

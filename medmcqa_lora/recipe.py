@@ -106,7 +106,7 @@ def expected(kind: type) -> str:  # such as "a whole number or none"
 # %% ../nbs/00_recipe.ipynb #bb6ff3e4
 def _refuse(value, kind): raise ValueError(f"{value!r} is not {expected(kind)}")
 
-# %% ../nbs/00_recipe.ipynb #f8dc0f47
+# %% ../nbs/00_recipe.ipynb #05f4af2a
 BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # yes/no, true/false, on/off, 1/0
 
 def parse_value(text: str, # as written in an .ini file or after -p
@@ -118,7 +118,7 @@ def parse_value(text: str, # as written in an .ini file or after -p
     if kind is bool: return BOOLEANS[text.lower()] if text.lower() in BOOLEANS else _refuse(text, kind)
     if typing.get_origin(kind) is list: return [t.strip() for t in text.split(",") if t.strip() not in ("", "none")]
     if typing.get_origin(kind) is Literal: return text if text in args else _refuse(text, kind)
-    try: return kind(text)
+    try: return kind(text) if "_" not in text or kind is str else _refuse(text, kind)  # Python reads 1_000
     except ValueError: return _refuse(text, kind)
 
 # %% ../nbs/00_recipe.ipynb #d3cc97e2
