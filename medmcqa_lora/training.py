@@ -104,7 +104,7 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/03_training.ipynb #540d8542
+# %% ../nbs/03_training.ipynb #a3374a53
 def check_trackers(report_to: list[str]) -> None:
     "Raises `ValueError` for a tracker that transformers doesn't know or that isn't installed."
     from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -112,6 +112,7 @@ def check_trackers(report_to: list[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK: raise ValueError(f"report_to: {name} is unknown{nearest(name, INTEGRATION_TO_CALLBACK)} (transformers knows {', '.join(INTEGRATION_TO_CALLBACK)})")
         if importlib.util.find_spec(name) is None: raise ValueError(f"report_to: {name} is not installed; pip install {name}, or -p report_to none")
 
+# %% ../nbs/03_training.ipynb #58322f92
 def tensorboard_writer(run: Path): # a `transformers` callback
     "Writes losses and speeds for TensorBoard into the run's folder."
     from torch.utils.tensorboard import SummaryWriter
@@ -133,12 +134,13 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
-# %% ../nbs/03_training.ipynb #7b464336
+# %% ../nbs/03_training.ipynb #959d926c
 def last_checkpoint(run: Path) -> Path | None: # none if there is no checkpoint yet
     "The newest checkpoint of a run that has its trainer's state."
     found = [p for p in (run / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
+# %% ../nbs/03_training.ipynb #292b7005
 def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there was nothing left to train
     "Load the adapter of a run whose last checkpoint is its end; transformers would train one step more."
     if checkpoint is None: return False
@@ -148,6 +150,7 @@ def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there 
     set_peft_model_state_dict(trainer.model, load_peft_weights(best, device="cpu"))
     return True
 
+# %% ../nbs/03_training.ipynb #615c8206
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
@@ -189,7 +192,7 @@ class LiveCurve(TrainerCallback):
         else: self.handle.update(plot_loss(self.run))
         self.drawn = time.perf_counter()
 
-# %% ../nbs/03_training.ipynb #98a2f865
+# %% ../nbs/03_training.ipynb #3bad0157
 PACKAGES = ("medmcqa_lora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "papermill", "unsloth", "mamba_ssm", "causal_conv1d")
 
 def versions() -> dict[str, str]: # package -> version, for those installed
@@ -199,17 +202,20 @@ def versions() -> dict[str, str]: # package -> version, for those installed
         except importlib.metadata.PackageNotFoundError: return None
     return {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
 
+# %% ../nbs/03_training.ipynb #6fc02ea6
 def git_commit() -> str: # 40 hexadecimal digits, with "+changes" where the tree differs; empty outside a checkout
     "The commit of this project's checkout."
     def git(*args): return subprocess.run(["git", "-C", str(Path(sys.modules["medmcqa_lora"].__file__).parent), *args], capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--verify", "-q", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except OSError: return ""
 
+# %% ../nbs/03_training.ipynb #796e0ea6
 def hardware() -> dict: # processor, cores, GPUs with GiB
     "What this process runs on."
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return dict(machine=platform.machine(), cores=os.cpu_count(), gpus=[dict(name=g.name, memory_gib=round(g.total_memory / 2**30, 1)) for g in gpus])
 
+# %% ../nbs/03_training.ipynb #bd4365e4
 def environment(world_size: int, **data: str) -> dict: # as written to environment.json
     "Versions, hardware, commit, time and data fingerprints of a run."
     return dict(versions=versions(), hardware=hardware(), processes=world_size, commit=git_commit(),
@@ -242,7 +248,7 @@ Every setting is in `recipe.json`, versions and data fingerprints are in `enviro
 """
 NOT_EVALUATED = "Not evaluated yet: `medmcqa-lora evaluate` for the base and the tuned model, then `medmcqa-lora compare`."
 
-# %% ../nbs/03_training.ipynb #9393e95f
+# %% ../nbs/03_training.ipynb #fa025ffc
 def card_header(recipe: dict) -> str: # YAML between --- lines
     "The metadata of the model card, in the Hugging Face format."
     from huggingface_hub import ModelCardData
@@ -252,6 +258,7 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
+# %% ../nbs/03_training.ipynb #0881852e
 def write_card(run: Path, # with recipe.json, environment.json and result.json
                evaluation: str = NOT_EVALUATED # Markdown of the comparison
               ) -> Path: # README.md
@@ -263,6 +270,7 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation)
     return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
 
+# %% ../nbs/03_training.ipynb #63277e5e
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md
     "Write everything a finished run leaves, from rank 0."
     write_json(run / "environment.json", env)
