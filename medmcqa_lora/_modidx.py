@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medmcqa_lora.model.empty_model': ('model.html#empty_model', 'medmcqa_lora/model.py'),
                                     'medmcqa_lora.model.epoch_tokens': ('model.html#epoch_tokens', 'medmcqa_lora/model.py'),
                                     'medmcqa_lora.model.group_of': ('model.html#group_of', 'medmcqa_lora/model.py'),
+                                    'medmcqa_lora.model.is_nano': ('model.html#is_nano', 'medmcqa_lora/model.py'),
                                     'medmcqa_lora.model.list_matrices': ('model.html#list_matrices', 'medmcqa_lora/model.py'),
                                     'medmcqa_lora.model.load_adapter': ('model.html#load_adapter', 'medmcqa_lora/model.py'),
                                     'medmcqa_lora.model.load_model': ('model.html#load_model', 'medmcqa_lora/model.py'),
@@ -262,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medmcqa_lora.training.peak_memory_gib': ( 'training.html#peak_memory_gib',
                                                                                   'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.plot_loss': ('training.html#plot_loss', 'medmcqa_lora/training.py'),
+                                       'medmcqa_lora.training.recipe_target': ('training.html#recipe_target', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.restore_finished': ( 'training.html#restore_finished',
                                                                                    'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.start_run': ('training.html#start_run', 'medmcqa_lora/training.py'),
@@ -270,5 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medmcqa_lora.training.train': ('training.html#train', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.training_arguments': ( 'training.html#training_arguments',
                                                                                      'medmcqa_lora/training.py'),
+                                       'medmcqa_lora.training.training_seconds': ( 'training.html#training_seconds',
+                                                                                   'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.versions': ('training.html#versions', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.write_card': ('training.html#write_card', 'medmcqa_lora/training.py')}}}

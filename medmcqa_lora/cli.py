@@ -6,11 +6,12 @@
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'join_params', 'recipe_of', 'common', 'say', 'check_data',
            'plan', 'train', 'evaluate', 'compare', 'demo', 'one_line', 'main']
 
-# %% ../nbs/06_cli.ipynb #e1108237
+# %% ../nbs/06_cli.ipynb #4634faf5
 import sys
 from pathlib import Path
 from typing import Annotated
 import typer
+from .launch import LaunchError
 from .recipe import Recipe, load_recipe
 
 # %% ../nbs/06_cli.ipynb #bb468f0a
@@ -139,7 +140,7 @@ def one_line(e: BaseException) -> str: # what, where, what to do
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
-# %% ../nbs/06_cli.ipynb #7053d692
+# %% ../nbs/06_cli.ipynb #f89e3441
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted
     "Run the command line; `--debug` anywhere shows tracebacks."
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None # words after the command's name; none: t
     debug, words = "--debug" in words, join_params([w for w in words if w != "--debug"])
     try: app(words, prog_name="medmcqa-lora")
     except KeyboardInterrupt: print("interrupted", file=sys.stderr); sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, LaunchError) as e:
         if debug: raise
         print(f"medmcqa-lora: {one_line(e)}", file=sys.stderr)
         sys.exit(1)

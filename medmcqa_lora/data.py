@@ -429,7 +429,11 @@ class Gallery:
     def _repr_html_(self): return "".join(f"<h6>{escape(name)}</h6>{e._repr_html_()}" for name, e in self.examples.items())
 
 # %% ../nbs/01_data.ipynb #d7aa1616
-def show_styles(q: Question, tokenizer, styles=("plain", "lm_eval", "chat"), targets=tuple(ASK)) -> Gallery:
+def show_styles(q: Question, # with an explanation, to see all three targets
+                tokenizer, # with a chat template, for style chat
+                styles=("plain", "lm_eval", "chat"), # prompt_style values
+                targets=tuple(ASK) # target values
+               ) -> Gallery: # styles × targets examples
     "One question rendered in each style for each target."
     recipes = {f"prompt_style = {s}, target = {t}": Recipe(prompt_style=s, target=t) for s in styles for t in targets}
     return Gallery({name: show_example(encode_examples([q], tokenizer, r)[0], tokenizer) for name, r in recipes.items()})

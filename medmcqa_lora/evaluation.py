@@ -79,7 +79,10 @@ def prediction(q: Question, logprobs: list[float]) -> dict: # as written to pred
                 logprobs=dict(zip(LETTERS, (round(x, 6) for x in logprobs))), correct=best == LETTERS[q.answer])
 
 # %% ../nbs/04_evaluation.ipynb #52533d25
-def records_file(folder: Path, kind: str = "predictions", rank: int = 0) -> Path:
+def records_file(folder: Path, # of an evaluation
+                 kind: str = "predictions", # or "generations"
+                 rank: int = 0 # the process
+                ) -> Path: # a JSON-lines file
     "Where a process writes its records."
     return folder / (f"{kind}.jsonl" if rank == 0 else f"{kind}.rank{rank}.jsonl")
 
@@ -171,7 +174,7 @@ def subject_table(summary: dict) -> pd.DataFrame: # subject, n, accuracy, low, h
 
 # %% ../nbs/04_evaluation.ipynb #4096fffe
 def plot_by_subject(summaries: dict[str, dict] # label -> summary, one or more of the same questions
-                   ) -> Figure:
+                   ) -> Figure: # a row a subject, a colour a model
     "Accuracy by subject with 95% intervals, and the majority baseline."
     first = next(iter(summaries.values()))
     order = list(subject_table(first).subject)
@@ -189,7 +192,7 @@ def plot_by_subject(summaries: dict[str, dict] # label -> summary, one or more o
 
 # %% ../nbs/04_evaluation.ipynb #d8fe1b67
 def plot_letters(runs: dict[str, list[dict]] # label -> predictions
-                ) -> Figure:
+                ) -> Figure: # a panel a model
     "Predicted against correct letters, a panel a model: a biased model shows as a dark column."
     fig, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3.4), layout="constrained", squeeze=False)
     for ax, (label, predictions) in zip(axes[0], runs.items()):
@@ -199,11 +202,15 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #7cb4de14
+# %% ../nbs/04_evaluation.ipynb #f4dd6c48
 def begin_evaluation(folder: Path, # made if missing
-                     recipe: Recipe, adapter: str | None, questions: list[Question], resume: bool) -> None:
+                     recipe: Recipe, # whose model, prompts and dtype decide the scores
+                     adapter: str | None, # the tuned model's adapter folder; none: the base model
+                     questions: list[Question], # to be scored
+                     resume: bool # go on with what is there
+                    ) -> None:
     "Write evaluation.json, or check that a resumed evaluation is the same one; raises `ValueError`."
-    keep = ("model", "tokenizer", "dtype", "attn_implementation", "prompt_style")  # what decides a score
+    keep = ("model", "tokenizer", "dtype", "attn_implementation", "prompt_style", "target")  # what decides a score
     settings = {k: getattr(recipe, k) for k in keep} | dict(adapter=adapter, data_sha256=fingerprint(questions))
     file = folder / "evaluation.json"
     if resume and file.exists():
@@ -214,7 +221,11 @@ def begin_evaluation(folder: Path, # made if missing
     write_json(file, settings)
 
 # %% ../nbs/04_evaluation.ipynb #7f28555c
-def write_evaluation(folder: Path, predictions: list[dict], questions: list[Question], model: str, adapter: str | None,
+def write_evaluation(folder: Path, # exists
+                     predictions: list[dict], # a record a question, in order
+                     questions: list[Question], # the same, for the fingerprint
+                     model: str, # as the recipe names it
+                     adapter: str | None, # its folder; none: the base model
                      views: dict[str, dict] | None = None # summaries of further views, by name
                     ) -> dict: # the summary
     "Write summary.json, by_subject.csv and by_subject.png."
@@ -261,7 +272,9 @@ def read_evaluation(folder: Path) -> tuple[list[dict], dict]: # predictions, sum
     except json.JSONDecodeError: raise ValueError(f"{folder}/summary.json: not JSON; evaluate again") from None
 
 # %% ../nbs/04_evaluation.ipynb #df98e7cf
-def compare_evaluations(base_dir: Path, tuned_dir: Path) -> Comparison:
+def compare_evaluations(base_dir: Path, # a finished evaluation's folder
+                        tuned_dir: Path # another, of the same questions
+                       ) -> Comparison: # question by question
     "Compare two evaluations; raises `ValueError` unless they are of the same questions."
     (base, base_summary), (tuned, tuned_summary) = read_evaluation(base_dir), read_evaluation(tuned_dir)
     before, after = ({p["id"]: p for p in ps} for ps in (base, tuned))

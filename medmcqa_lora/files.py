@@ -40,7 +40,9 @@ def save_figure(fig, # a matplotlib Figure
     return fig
 
 # %% ../nbs/00a_files.ipynb #0781fff0
-def append_line(path: Path, value: dict) -> None:
+def append_line(path: Path, # made if missing
+                value: dict # without NaN
+               ) -> None:
     "Append one JSON object as a line and flush it; raises `ValueError` for NaN."
     with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -20,7 +20,9 @@ def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
     return f"_runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 # %% ../nbs/05_launch.ipynb #87e797f0
-def check_folder(folder: Path, resume: bool) -> None:
+def check_folder(folder: Path, # where a run is to be written
+                 resume: bool # it holds one already, which goes on
+                ) -> None:
     "Raises `ValueError` if a run can't be written there."
     if folder.exists() and not folder.is_dir(): raise ValueError(f"--out {folder}: is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume: raise ValueError(f"--out {folder}: holds another run; name a new folder, or go on with --resume")
@@ -39,16 +41,18 @@ def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #1b9b4265
-def check_recipe_here(recipe: Recipe, training: bool = True) -> None:
+# %% ../nbs/05_launch.ipynb #74ab71d5
+def check_recipe_here(recipe: Recipe, # about to be launched
+                      training: bool = True # else only scored
+                     ) -> None:
     "Raises `ValueError` if the recipe can't run here; makes built-in models if needed. Asks no hub."
     from medmcqa_lora import data, model, training as parts
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
     where = Path(model.resolve_model(recipe.model))
-    config = json.loads((where / "config.json").read_text()) if where.is_dir() else {"model_type": "nemotron_h"}
-    model.check_kernels(config["model_type"], recipe)
-    if training and where.is_dir(): model.lora_config(model.empty_model(str(where)), recipe)
+    on_hub = {"model_type": "nemotron_h" if model.is_nano(recipe.model) else "not known yet"}
+    model.check_kernels((json.loads((where / "config.json").read_text()) if where.is_dir() else on_hub)["model_type"], recipe)
+    if training and (where.is_dir() or model.is_nano(recipe.model)): model.lora_config(model.planned_model(recipe.model), recipe)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
     (data.load_pair if training else data.load_evaluation)(recipe)
@@ -66,7 +70,7 @@ class World:
 
 # %% ../nbs/05_launch.ipynb #95da2b0b
 def join_world(asked: int # processes the command asked for
-              ) -> World:
+              ) -> World: # this process' place
     "Who this process is; raises `RuntimeError` if the launcher started another number of processes."
     import torch
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), "TORCHELASTIC_RUN_ID" in os.environ)
@@ -82,18 +86,19 @@ def wait_for_all() -> None:
     from accelerate import PartialState
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
-# %% ../nbs/05_launch.ipynb #d06e3756
-def end_with_parent(every: float = 1.0 # seconds between looks
+# %% ../nbs/05_launch.ipynb #f9c7b4a9
+def end_with_parent(parent: int, # the parent's process id, from the parent: it may be gone before this one can ask
+                    every: float = 1.0 # seconds between looks
                    ) -> None:
     "End this process soon after its parent has gone."
-    parent = os.getppid()
     def watch():
         while os.getppid() == parent: time.sleep(every)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/05_launch.ipynb #bf3872a1
-def record_failure(text: str) -> None:
+def record_failure(text: str # one line, for the user
+                  ) -> None:
     "Tell the launcher why this process failed, through torch's error file."
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = json.dumps({"text": text, "time": time.time()})
@@ -107,16 +112,16 @@ def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> s
     last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
     return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
 
-# %% ../nbs/05_launch.ipynb #113a3fdd
+# %% ../nbs/05_launch.ipynb #609e5f84
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises."
     import papermill
     from traitlets.config import Config
-    end_with_parent()
+    job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
+    end_with_parent(job["launcher"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
-    job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
     sockets = {"transport": "ipc", "ip": f"{Path(job_file).parent}/rank{rank}"}  # by default all ranks would share one path
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if rank == 0 else {}
@@ -149,7 +154,7 @@ def _first_failure(failures: dict) -> str:
         except (TypeError, KeyError, ValueError): return 1, failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
     return min(read(rank, failure) for rank, failure in failures.items())[2]
 
-# %% ../nbs/05_launch.ipynb #6ed164e0
+# %% ../nbs/05_launch.ipynb #92352471
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -159,7 +164,8 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     from torch.distributed.launcher.api import elastic_launch
     folder.mkdir(parents=True, exist_ok=True)
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
-    job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), parameters=parameters | {"world_size": nproc * nnodes})
+    job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), launcher=os.getpid(),
+               parameters=parameters | {"world_size": nproc * nnodes})
     write_json(Path(logs) / "job.json", job)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report would stand before our one line
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")  # seconds a stuck process gets before SIGKILL; torch's 30 is longer than a user waits
@@ -170,35 +176,39 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #5e06c24a
+# %% ../nbs/05_launch.ipynb #58f65a67
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  **nodes) -> Path: # the run's folder
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
     folder = Path(recipe.out or new_folder_name(name))
     check_folder(folder, resume or beside)
-    check_processes(nproc, nodes.get("nnodes", 1), nodes.get("rdzv_endpoint", ""))
+    if slow := check_processes(nproc, nodes.get("nnodes", 1), nodes.get("rdzv_endpoint", "")): print(slow, file=sys.stderr)
     check_recipe_here(recipe)
     run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
     return folder
 
-# %% ../nbs/05_launch.ipynb #ad17f39b
+# %% ../nbs/05_launch.ipynb #085763b1
 VIEWS = ("letters", "generation")  # ways of asking; letters always
 
-def check_views(views: list[str]) -> list[str]: # with letters first
+def check_views(views) -> list[str]: # with letters first
     "Raises `ValueError` for a view that doesn't exist."
     if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0]}: is not one of {', '.join(VIEWS)}")
     return [v for v in VIEWS if v == "letters" or v in views]
 
-# %% ../nbs/05_launch.ipynb #cd7f710f
-def launch_evaluate(recipe: Recipe, folder: Path, adapter: Path | None = None, resume: bool = False, nproc: int = 1,
-                    views: list[str] = ["letters"] # of VIEWS
+# %% ../nbs/05_launch.ipynb #229c0296
+def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
+                    folder: Path, # gets predictions and summary; empty, unless resumed
+                    adapter: Path | None = None, # a run's adapter/ folder; none: the base model
+                    resume: bool = False, # go on with what is there
+                    nproc: int = 1, # processes
+                    views: tuple[str, ...] = ("letters",) # of VIEWS
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
     from medmcqa_lora.model import check_adapter
     views = check_views(views)
     check_folder(folder, resume)
-    check_processes(nproc)
+    if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
     if adapter is not None: check_adapter(adapter, recipe.model)
     parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views}

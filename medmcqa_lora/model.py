@@ -6,8 +6,8 @@
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'ROWS', 'ACTIVATION_MIB', 'cache_dir',
            'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'missing_kernels',
            'check_kernels', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
-           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model',
-           'adapter_shapes', 'check_adapter', 'load_adapter', 'planned_model', 'block_table', 'plot_blocks',
+           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model', 'is_nano',
+           'planned_model', 'adapter_shapes', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks',
            'epoch_tokens', 'memory_parts', 'describe_plan']
 
 # %% ../nbs/02_model.ipynb #aa513acb
@@ -149,7 +149,8 @@ def load_tokenizer(recipe: Recipe): # a fast tokenizer that pads right
     return tokenizer
 
 # %% ../nbs/02_model.ipynb #15feee50
-def check_backend(recipe: Recipe) -> None:
+def check_backend(recipe: Recipe # about to be run
+                 ) -> None:
     "Raises `ValueError` if the recipe's backend can't run here."
     if recipe.backend != "unsloth": return
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
@@ -322,17 +323,18 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #7f0f59b6
+# %% ../nbs/02_model.ipynb #0c8f161a
 def save_adapter(model: nn.Module, # a PEFT model
-                 folder: Path # must not exist yet
+                 folder: Path # one that exists is replaced
                 ) -> Path: # the same folder
     "Write the adapter in PEFT's format, whole or not at all."
-    work = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    work, old = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent)), None
     try:
         model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False)
-        if folder.exists(): shutil.rmtree(folder)
         work.chmod(0o755)  # mkdtemp's folders are private
+        if folder.exists(): folder.rename(old := work.with_name(f"{work.name}-old"))
         work.rename(folder)
+        if old: shutil.rmtree(old)
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
@@ -342,6 +344,20 @@ def empty_model(where: str # folder or hub id, or a folder that has a config.jso
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
     with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+
+# %% ../nbs/02_model.ipynb #b7a3949c
+def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
+    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
+    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
+
+def planned_model(name: str # a recipe's model
+                 ) -> nn.Module: # on the meta device
+    "The structure of a recipe's model, from the shipped configuration where its files are not here."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    known = shipped("assets/nemotron_nano_config.json")
+    if is_nano(name):
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(known.read_text())))
+    return empty_model(resolve_model(name))
 
 # %% ../nbs/02_model.ipynb #41963df5
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape
@@ -355,12 +371,15 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
 # %% ../nbs/02_model.ipynb #071c3011
-def check_adapter(folder: Path, model_name: str) -> None:
+def check_adapter(folder: Path, # an adapter/ folder
+                  model_name: str # the base model, as a recipe names it
+                 ) -> None:
     "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first that doesn't."
-    where = resolve_model(model_name)
-    inputs = {m.name: m.shape[-1] for m in list_matrices(empty_model(where))}
-    made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") if adapter_shapes(folder) else None
-    for name, shape in adapter_shapes(folder).items():
+    shapes = adapter_shapes(folder)
+    inputs = {m.name: m.shape[-1] for m in list_matrices(planned_model(model_name))}
+    made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not shapes: raise ValueError(f"adapter {folder}: holds no tensors; train it again")
+    for name, shape in shapes.items():
         base = re.sub(r"(\.base_layer)*\.lora_[AB]\.weight$", "", name.removeprefix("base_model.model."))
         if base.endswith(".experts"): continue  # fused experts: PEFT checks these by itself
         if base not in inputs or (".lora_A." in name and shape[-1] != inputs[base]):
@@ -373,16 +392,6 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
     use_grouped_experts(tuned, adapted=True)
     return tuned
-
-# %% ../nbs/02_model.ipynb #7b0bffda
-def planned_model(name: str # a recipe's model
-                 ) -> nn.Module: # on the meta device
-    "The structure of a recipe's model, from the shipped configuration where its files are not here."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    known = shipped("assets/nemotron_nano_config.json")
-    if name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B"):
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(known.read_text())))
-    return empty_model(resolve_model(name))
 
 # %% ../nbs/02_model.ipynb #7ef7a125
 KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple"}
@@ -417,15 +426,17 @@ def plot_blocks(table: pd.DataFrame # from `block_table`
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
 ACTIVATION_MIB = {False: 3.1, True: 0.29}  # a token of the 30B model, without and with checkpointing; measured on one H200
 
-# %% ../nbs/02_model.ipynb #5681c56e
+# %% ../nbs/02_model.ipynb #0d3acfd4
 def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epoch
     "Tokens of an epoch by the shipped length histogram, or by counting where the rows are here and short to read."
     from medmcqa_lora.data import load_pair, _is_path
-    lengths = {int(k): v for k, v in json.loads(shipped("assets/lengths.json").read_text())["tokens"].items() if int(k) <= recipe.max_length}
-    mean = sum(k * v for k, v in lengths.items()) / sum(lengths.values())
+    counts = json.loads(shipped("assets/lengths.json").read_text())["tokens"]
+    lengths = {int(k): v for k, v in counts.items() if int(k) <= recipe.max_length}
+    if not lengths: raise ValueError(f"max_length = {recipe.max_length}: no question fits; the shortest of MedMCQA has {min(map(int, counts))} tokens")
+    mean, fit = sum(k * v for k, v in lengths.items()) / sum(lengths.values()), sum(lengths.values()) / sum(counts.values())
     rows = ROWS.get(recipe.data) or (len(load_pair(recipe)[0].questions) if recipe.data == "sample" or _is_path(recipe.data) else 0)
     rows = min(rows, recipe.max_rows or rows)
-    return rows, round(rows * mean)
+    return round(rows * fit), round(rows * fit * mean)
 
 # %% ../nbs/02_model.ipynb #0d2fa85f
 def memory_parts(total: int, trainable: int, recipe: Recipe) -> dict[str, float]: # part -> GiB in each GPU

@@ -233,7 +233,7 @@ def load_recipe(name: str = "demo", # a section of settings.ini, or FILE.ini, or
     return recipe
 
 # %% ../nbs/00_recipe.ipynb #e34678e0
-def show_recipe(recipe: Recipe,
+def show_recipe(recipe: Recipe, # checked
                 changed: bool = False # only what differs from the defaults
                ) -> str: # a line a key; `*` marks what differs from the default
     "The resolved values as text."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
            'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'make_trainer', 'last_checkpoint',
-           'restore_finished', 'train', 'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment',
-           'card_header', 'write_card', 'finish_run']
+           'restore_finished', 'training_seconds', 'train', 'recipe_target', 'plot_loss', 'LiveCurve', 'versions',
+           'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
 # %% ../nbs/03_training.ipynb #d9884a7f
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
@@ -104,13 +104,15 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/03_training.ipynb #a3374a53
-def check_trackers(report_to: list[str]) -> None:
+# %% ../nbs/03_training.ipynb #287cfc75
+def check_trackers(report_to: list[str] # names of trackers
+                  ) -> None:
     "Raises `ValueError` for a tracker that transformers doesn't know or that isn't installed."
     from transformers.integrations import INTEGRATION_TO_CALLBACK
     for name in report_to:
         if name not in INTEGRATION_TO_CALLBACK: raise ValueError(f"report_to: {name} is unknown{nearest(name, INTEGRATION_TO_CALLBACK)} (transformers knows {', '.join(INTEGRATION_TO_CALLBACK)})")
-        if importlib.util.find_spec(name) is None: raise ValueError(f"report_to: {name} is not installed; pip install {name}, or -p report_to none")
+        if name not in ("azure_ml", "dagshub", "flyte") and importlib.util.find_spec(name) is None:  # those three aren't modules' names
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}, or -p report_to none")
 
 # %% ../nbs/03_training.ipynb #58322f92
 def tensorboard_writer(run: Path): # a `transformers` callback
@@ -140,30 +142,43 @@ def last_checkpoint(run: Path) -> Path | None: # none if there is no checkpoint 
     found = [p for p in (run / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
-# %% ../nbs/03_training.ipynb #292b7005
+# %% ../nbs/03_training.ipynb #1c43b072
 def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there was nothing left to train
     "Load the adapter of a run whose last checkpoint is its end; transformers would train one step more."
     if checkpoint is None: return False
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]: return False
-    trainer.state, best = state, state.best_model_checkpoint or str(checkpoint)
+    trainer.state, best = state, str(checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name)  # the run may have moved
     set_peft_model_state_dict(trainer.model, load_peft_weights(best, device="cpu"))
     return True
 
-# %% ../nbs/03_training.ipynb #615c8206
+# %% ../nbs/03_training.ipynb #189e7b76
+def training_seconds(lines: list[dict] # of metrics.jsonl
+                    ) -> float: # seconds of all steps, those before a resume included
+    "The time that the logged speeds amount to."
+    tokens = [0, *(m["tokens"] for m in lines)]
+    return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
+
+# %% ../nbs/03_training.ipynb #fd1eb9b6
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
-    began, checkpoint = time.perf_counter(), last_checkpoint(run) if resume else None
+    checkpoint = last_checkpoint(run) if resume else None
     if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     lines = read_lines(run / "metrics.jsonl")
     if not lines: return {}
     return dict(steps=trainer.state.global_step, first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"], tokens=lines[-1]["tokens"],
-                seconds=round(time.perf_counter() - began, 1), peak_memory_gib=round(peak_memory_gib(), 2))
+                seconds=training_seconds(lines), peak_memory_gib=round(max(m["peak_memory_gib"] for m in lines), 2))
 
-# %% ../nbs/03_training.ipynb #e5747849
+# %% ../nbs/03_training.ipynb #27ce04a0
+def recipe_target(run: Path) -> str: # such as "letter"; empty without recipe.json
+    "What a run's model is to answer."
+    file = run / "recipe.json"
+    return json.loads(file.read_text())["target"] if file.exists() else ""
+
+# %% ../nbs/03_training.ipynb #0a3f80b5
 def plot_loss(run: Path # with metrics.jsonl
              ) -> Figure: # loss and learning rate against steps
     "The loss curve of a run, with the schedule beside it."
@@ -172,7 +187,7 @@ def plot_loss(run: Path # with metrics.jsonl
     steps = [m["step"] for m in lines]
     sns.lineplot(x=steps, y=[m["loss"] for m in lines], ax=loss, label="training")
     if evals: sns.lineplot(x=[e["step"] for e in evals], y=[e["eval_loss"] for e in evals], ax=loss, marker="o", label="evaluation rows")
-    loss.axhline(math.log(4), ls=":", color="grey", label="four equal letters: ln 4")
+    if recipe_target(run) == "letter": loss.axhline(math.log(4), ls=":", color="grey", label="four equal letters: ln 4")
     sns.lineplot(x=steps, y=[m["learning_rate"] for m in lines], ax=rate, color="tab:orange")
     loss.set(xlabel="step", ylabel="loss (nats a supervised token)"); rate.set(xlabel="step", ylabel="learning rate")
     loss.legend(); rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -221,7 +236,7 @@ def environment(world_size: int, **data: str) -> dict: # as written to environme
     return dict(versions=versions(), hardware=hardware(), processes=world_size, commit=git_commit(),
                 date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), data_sha256=data)
 
-# %% ../nbs/03_training.ipynb #e16bb5e6
+# %% ../nbs/03_training.ipynb #05ec17f4
 CARD = """# {title}
 
 A LoRA adapter for `{model}`, trained on multiple-choice questions ({n} training examples from `{data}`).
@@ -233,7 +248,7 @@ It answers exam questions with a letter. It is no medical advice, and must not b
 |---|---|
 | steps, epochs | {steps}, {epochs:g} |
 | tokens (without padding) | {tokens:,} |
-| loss, first and last logged step | {first_loss:.3f} → {last_loss:.3f} (four equal letters: 1.386) |
+| loss, first and last logged step | {first_loss:.3f} → {last_loss:.3f}{floor} |
 | time | {seconds:,.0f} s on {hardware} |
 | peak memory of rank 0 | {peak_memory_gib:.1f} GiB |
 | LoRA | r = {lora_r}, alpha = {lora_alpha}, on {targets} |
@@ -258,7 +273,7 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
-# %% ../nbs/03_training.ipynb #0881852e
+# %% ../nbs/03_training.ipynb #44f34cb8
 def write_card(run: Path, # with recipe.json, environment.json and result.json
                evaluation: str = NOT_EVALUATED # Markdown of the comparison
               ) -> Path: # README.md
@@ -266,7 +281,7 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
     recipe, env, result = (json.loads((run / f"{n}.json").read_text()) for n in ("recipe", "environment", "result"))
     gpus = [g["name"] for g in env["hardware"]["gpus"]]
     where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
-    text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", hardware=where, targets=", ".join(recipe["lora_targets"]),
+    text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation)
     return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
 
