@@ -235,6 +235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.LiveCurve.on_log': ( 'training.html#livecurve.on_log',
                                                                                    'medmcqa_lora/training.py'),
+                                       'medmcqa_lora.training.LiveCurve.on_train_end': ( 'training.html#livecurve.on_train_end',
+                                                                                         'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.MetricsWriter': ('training.html#metricswriter', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.MetricsWriter.__init__': ( 'training.html#metricswriter.__init__',
                                                                                          'medmcqa_lora/training.py'),

@@ -337,7 +337,8 @@ def render_target(q: Question, # labelled
     return text if style == "chat" else " " + text
 
 # %% ../nbs/01_data.ipynb #fdcf9826
-def sample_tokenizer(vocab_size: int = 1024): # a transformers fast tokenizer with BOS, EOS and padding
+def sample_tokenizer(vocab_size: int = 1024 # tokens, at most
+                    ) -> object: # a transformers fast tokenizer with BOS, EOS and padding
     "A small byte-level BPE tokenizer learnt from the shipped sample; the same every time."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -399,7 +400,7 @@ def encode_questions(questions: list[Question], tokenizer, recipe: Recipe) -> En
     return Encoded(Dataset.from_list(kept), [q for q, ok in zip(questions, fits) if not ok], sum(len(r["input_ids"]) for r in kept),
                    [questions[i] for i in cut if fits[i]])
 
-# %% ../nbs/01_data.ipynb #14d95ddf
+# %% ../nbs/01_data.ipynb #c613dd61
 @dataclass(frozen=True)
 class Example:
     "One encoded example, shown with prompt and target told apart."
@@ -409,7 +410,7 @@ class Example:
     def __repr__(self): return f"{self.prompt}«{self.target}»"
 
     def _repr_html_(self):
-        return (f'<pre style="white-space:pre-wrap"><span style="color:#777">{escape(self.prompt)}</span>'
+        return (f'<pre style="white-space:pre-wrap; word-break:normal"><span style="color:#777">{escape(self.prompt)}</span>'
                 f'<span style="background:#bde5bd;color:#000">{escape(self.target)}</span></pre>')
 
 # %% ../nbs/01_data.ipynb #8e750ed9

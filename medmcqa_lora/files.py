@@ -32,7 +32,7 @@ def write_json(path: Path, value) -> Path: # the same path
 # %% ../nbs/00a_files.ipynb #4b15fd24
 def save_figure(fig, # a matplotlib Figure
                 path: Path # ends in .png; its folder is made if missing
-               ): # the same figure
+               ) -> object: # the same figure
     "Save a figure as PNG, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(buffer := io.BytesIO(), dpi=120, format="png")

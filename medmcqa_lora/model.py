@@ -138,7 +138,8 @@ def resolve_model(name: str # folder, hub id or built-in name
     return str(path)
 
 # %% ../nbs/02_model.ipynb #b9e49141
-def load_tokenizer(recipe: Recipe): # a fast tokenizer that pads right
+def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
+                  ) -> object: # a fast tokenizer that pads right
     "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
     where = recipe.tokenizer or resolve_model(recipe.model)
@@ -277,7 +278,9 @@ def module_targets(chosen: list[Matrix], matrices: list[Matrix] # those meant, a
     return sorted({m.target if meant[m.target] == count[m.target] else m.name for m in chosen if not m.fused})
 
 # %% ../nbs/02_model.ipynb #b17b2caf
-def lora_config(model: nn.Module, recipe: Recipe): # a `peft.LoraConfig`
+def lora_config(model: nn.Module, # without LoRA; may live on the meta device
+                recipe: Recipe # whose targets, ranks and scale
+               ) -> object: # a `peft.LoraConfig`
     "PEFT's configuration for a recipe; raises `ValueError` for targets that can't be had."
     from peft import LoraConfig
     chosen = select(matrices := list_matrices(model), recipe.lora_targets)

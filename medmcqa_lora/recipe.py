@@ -111,7 +111,7 @@ BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # yes/no, true/false, on/of
 
 def parse_value(text: str, # as written in an .ini file or after -p
                 kind: type # the key's type, from `recipe_types`
-               ): # a value of that type
+               ) -> object: # a value of that type
     "Read `text` as a value of type `kind`; raises `ValueError` if it isn't one."
     text, args = text.strip(), typing.get_args(kind)
     if type(None) in args: return None if text.lower() in ("none", "") else parse_value(text, args[0])

@@ -28,7 +28,9 @@ SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
 
-def training_arguments(recipe: Recipe, run: Path): # a `trl.SFTConfig`
+def training_arguments(recipe: Recipe, # checked
+                       run: Path # the run's folder
+                      ) -> object: # a `trl.SFTConfig`
     "TRL's arguments for a recipe and a run folder."
     from trl import SFTConfig
     best = recipe.early_stopping_patience is not None
@@ -115,7 +117,8 @@ def check_trackers(report_to: list[str] # names of trackers
             raise ValueError(f"report_to: {name} is not installed; pip install {name}, or -p report_to none")
 
 # %% ../nbs/03_training.ipynb #58322f92
-def tensorboard_writer(run: Path): # a `transformers` callback
+def tensorboard_writer(run: Path # the run's folder
+                      ) -> object: # a `transformers` callback
     "Writes losses and speeds for TensorBoard into the run's folder."
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
@@ -126,7 +129,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
                  evaluation: Encoded | None = None # examples whose loss is taken every eval_steps
-                ): # a `trl.SFTTrainer`
+                ) -> object: # a `trl.SFTTrainer`
     "TRL's trainer for a recipe."
     from trl import SFTTrainer
     watch = [EarlyStoppingCallback(recipe.early_stopping_patience)] if recipe.early_stopping_patience else []
@@ -178,14 +181,14 @@ def recipe_target(run: Path) -> str: # such as "letter"; empty without recipe.js
     file = run / "recipe.json"
     return json.loads(file.read_text())["target"] if file.exists() else ""
 
-# %% ../nbs/03_training.ipynb #0a3f80b5
+# %% ../nbs/03_training.ipynb #1295fe12
 def plot_loss(run: Path # with metrics.jsonl
              ) -> Figure: # loss and learning rate against steps
     "The loss curve of a run, with the schedule beside it."
     lines, evals = read_lines(run / "metrics.jsonl"), read_lines(run / "evals.jsonl")
     fig, (loss, rate) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=(2, 1), layout="constrained")
     steps = [m["step"] for m in lines]
-    sns.lineplot(x=steps, y=[m["loss"] for m in lines], ax=loss, label="training")
+    sns.lineplot(x=steps, y=[m["loss"] for m in lines], ax=loss, label="training", marker="o" if len(lines) < 30 else None)
     if evals: sns.lineplot(x=[e["step"] for e in evals], y=[e["eval_loss"] for e in evals], ax=loss, marker="o", label="evaluation rows")
     if recipe_target(run) == "letter": loss.axhline(math.log(4), ls=":", color="grey", label="four equal letters: ln 4")
     sns.lineplot(x=steps, y=[m["learning_rate"] for m in lines], ax=rate, color="tab:orange")
@@ -195,7 +198,7 @@ def plot_loss(run: Path # with metrics.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/03_training.ipynb #7b396e8b
+# %% ../nbs/03_training.ipynb #a634a129
 class LiveCurve(TrainerCallback):
     "Redraws the loss curve under the running cell, on rank 0."
     def __init__(self, run: Path, every: float = 2.0): self.run, self.every, self.drawn, self.handle = run, every, 0.0, None
@@ -206,6 +209,10 @@ class LiveCurve(TrainerCallback):
         if self.handle is None: self.handle = display(plot_loss(self.run), display_id=True)
         else: self.handle.update(plot_loss(self.run))
         self.drawn = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.drawn = 0.0  # the last steps, too
+        self.on_log(args, state, control)
 
 # %% ../nbs/03_training.ipynb #3bad0157
 PACKAGES = ("medmcqa_lora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "papermill", "unsloth", "mamba_ssm", "causal_conv1d")
