@@ -6,12 +6,12 @@
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'join_params', 'recipe_of', 'common', 'say', 'check_data',
            'plan', 'train', 'evaluate', 'compare', 'demo', 'one_line', 'main']
 
-# %% ../nbs/06_cli.ipynb #4634faf5
+# %% ../nbs/06_cli.ipynb #c31734e5
 import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .launch import LaunchError
+from .launch import Interrupted, LaunchError
 from .recipe import Recipe, load_recipe
 
 # %% ../nbs/06_cli.ipynb #bb468f0a
@@ -72,12 +72,13 @@ def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.
         both = [q for q in loaded.questions if identity(q) in held_out]
         say(f"  also in {against}: {len(both)}" + "".join(f"\n    {q.where} ({q.id}) = {held_out[identity(q)].where} ({held_out[identity(q)].id})" for q in both[:3]))
 
-# %% ../nbs/06_cli.ipynb #fdda9f63
+# %% ../nbs/06_cli.ipynb #182ce987
 @app.command()
 def plan(recipe: RecipeName = "demo", p: Params = [], gpus: Annotated[int, typer.Option(help="GPUs, a process each.")] = 1,
          gpu_memory: Annotated[float | None, typer.Option(help="GiB a GPU; says whether the recipe fits.")] = None) -> None:
     "What LoRA will match, parameters, memory by part, tokens an epoch."
     from medmcqa_lora.model import describe_plan
+    if gpus < 1 or not (gpu_memory is None or 0 < gpu_memory < 1e6): raise ValueError(f"--gpus {gpus} --gpu-memory {gpu_memory}: give at least one GPU, and its memory in GiB")
     say(describe_plan(recipe_of(recipe, p), gpus, gpu_memory))
 
 # %% ../nbs/06_cli.ipynb #8c7118a4
@@ -105,12 +106,14 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, [v.strip() for v in views.split(",")])
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
 
-# %% ../nbs/06_cli.ipynb #e0e6636a
+# %% ../nbs/06_cli.ipynb #b4c131e0
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None) -> None:
     "Paired comparison of two evaluations of the same questions."
     from medmcqa_lora.evaluation import write_comparison
+    from medmcqa_lora.launch import check_folder
+    if out: check_folder(out, resume=False)
     say(write_comparison(base_dir, tuned_dir, out))
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
@@ -140,7 +143,7 @@ def one_line(e: BaseException) -> str: # what, where, what to do
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
-# %% ../nbs/06_cli.ipynb #f89e3441
+# %% ../nbs/06_cli.ipynb #85d24e2a
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted
     "Run the command line; `--debug` anywhere shows tracebacks."
@@ -151,4 +154,4 @@ def main(argv: list[str] | None = None # words after the command's name; none: t
     except (ValueError, OSError, LaunchError) as e:
         if debug: raise
         print(f"medmcqa-lora: {one_line(e)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(130 if isinstance(e, Interrupted) else 1)

@@ -10,8 +10,8 @@ __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'Questi
            'encode_examples', 'shorten', 'Encoded', 'encode_questions', 'Example', 'show_example', 'Gallery',
            'show_styles']
 
-# %% ../nbs/01_data.ipynb #ae1e0d22
-import csv, hashlib, io, json
+# %% ../nbs/01_data.ipynb #c96af010
+import csv, hashlib, io, json, os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,21 +36,25 @@ class Question:
     split: str = ""  # "train", "validation" or empty
     where: str = ""  # such as "line 12"
 
-# %% ../nbs/01_data.ipynb #6d4ac216
+# %% ../nbs/01_data.ipynb #6441d0e7
 def _json_records(text: str, name: str) -> list[tuple[str, dict]]:
     if text.lstrip().startswith("[") and not name.endswith(".jsonl"): return [(f"row {i + 1}", r) for i, r in enumerate(json.loads(text))]
     records = []
     for n, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
         if not line.strip(): continue
         try: records.append((f"line {n}", json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{name}: line {n} is not JSON ({e}); mend or delete that line") from None
     return records
 
-# %% ../nbs/01_data.ipynb #d9208967
+# %% ../nbs/01_data.ipynb #18d0ff99
 def _csv_records(text: str, name: str) -> list[tuple[str, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try: return [(f"line {reader.line_num}", row) for row in reader]
+    reader, records = csv.DictReader(io.StringIO(text, newline=""), restkey="more"), []
+    try:
+        for row in reader:
+            if "more" in row: raise csv.Error(f"{len(row['more'])} fields more than the header; is a comma not quoted?")
+            records.append((f"line {reader.line_num}", row))
+        return records
     except csv.Error as e: raise ValueError(f"{name}: line {reader.line_num} is not CSV ({e}); mend that line") from None
 
 # %% ../nbs/01_data.ipynb #4952d5c1
@@ -58,13 +62,14 @@ def _parquet_records(path: Path) -> list[tuple[str, dict]]:
     import pyarrow.parquet as pq
     return [(f"row {i + 1}", row) for i, row in enumerate(pq.read_table(path).to_pylist())]
 
-# %% ../nbs/01_data.ipynb #fce5bd3b
+# %% ../nbs/01_data.ipynb #046628f3
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 def read_file(path: Path # a .json, .jsonl, .csv or .parquet file
              ) -> list[tuple[str, dict]]: # (place in the file, record)
     "Read a local file's records; raises `ValueError` naming the file, and the line where there is one."
     if path.suffix.lower() not in SUFFIXES: raise ValueError(f"{path}: can't tell its format; use {', '.join(SUFFIXES)}")
+    if path.exists() and not path.is_file(): raise ValueError(f"{path}: is not a file; give a file with questions")
     try:
         if path.suffix.lower() == ".parquet": records = _parquet_records(path)
         else:
@@ -73,6 +78,7 @@ def read_file(path: Path # a .json, .jsonl, .csv or .parquet file
     except OSError as e: raise ValueError(f"{path}: can't be read ({e.strerror or e}); check the path and its permissions") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as e: raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg}); mend the file") from None
+    except RecursionError: raise ValueError(f"{path}: nested too deeply; give an array of flat rows") from None
     if not records: raise ValueError(f"{path}: holds no rows; give a file with questions")
     return records
 
@@ -81,34 +87,34 @@ def _is_path(source: str) -> bool:
     path = Path(source)
     return path.exists() or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
 
-# %% ../nbs/01_data.ipynb #dd5b866d
+# %% ../nbs/01_data.ipynb #70101fcb
 def _hub_records(source: str, split: str) -> list[tuple[str, dict]]:
     from datasets import load_dataset
     try: rows = load_dataset(source, split=split)
     except Exception as e:  # the hub, the network and the splits each raise their own kind
         raise ValueError(f"{source}: not a file here, and the hub did not give its split {split!r} ({type(e).__name__}: "
-                         f"{str(e).splitlines()[0][:120]}); check the name, the network and HF_HUB_OFFLINE") from None
+                         f"{' '.join(str(e).split())[:120]}); check the name, the network and HF_HUB_OFFLINE") from None
     return [(f"row {i + 1}", row) for i, row in enumerate(rows)]
 
-# %% ../nbs/01_data.ipynb #a336f48b
+# %% ../nbs/01_data.ipynb #4a43942e
 def read_source(source: str, # a file, `sample`, or a hub id
                 split: str = "" # the split wanted; rows of other splits are left out where rows name one
                ) -> list[tuple[str, dict]]: # (place, record)
     "Read the records of a source; raises `ValueError` in one line."
     if source == "sample": records = read_file(shipped("assets/sample.jsonl"))
-    elif _is_path(source): records = read_file(Path(source).expanduser())
+    elif _is_path(source): records = read_file(Path(os.path.expanduser(source)))
     else: return _hub_records(source, split or "train")
-    named = {r.get("split") for _, r in records if isinstance(r, dict) and r.get("split")}
+    named = {str(r["split"]) for _, r in records if isinstance(r, dict) and r.get("split")}
     if not (split and named): return records
     if split not in named: raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(sorted(map(str, named)))}")
-    return [(w, r) for w, r in records if isinstance(r, dict) and r.get("split") == split]
+    return [(w, r) for w, r in records if isinstance(r, dict) and str(r.get("split")) == split]
 
-# %% ../nbs/01_data.ipynb #b01fc971
+# %% ../nbs/01_data.ipynb #f9e89ac8
 def _nested(record: dict, where: str) -> dict:
     data = record["data"]
     if isinstance(data, str):
         try: data = json.loads(data)
-        except json.JSONDecodeError: data = {}
+        except (ValueError, RecursionError): data = {}
     options = data.get("Options") if isinstance(data, dict) else None
     if not isinstance(options, dict): raise ValueError(f"{where}: field data.Options is missing; a nested row needs data.Question, data.Options.A to D")
     missing = [f"data.Options.{c}" for c in LETTERS if c not in options] + ["data.Question"] * ("Question" not in data)
@@ -136,14 +142,17 @@ def _number(cop) -> int | None:
     except (TypeError, ValueError, OverflowError): return None
     return int(number) if number.is_integer() else None
 
-# %% ../nbs/01_data.ipynb #48b3c0b4
+# %% ../nbs/01_data.ipynb #9bc4bb04
 def settle_base(cops: list, # the raw `cop` values
                 label_base: str = "auto" # the user's word: auto, 0 or 1
                ) -> str: # "0", "1" or "letters"
     "Which number, if any, is the first option; raises `ValueError` where the data can't tell."
     if any(str(c).strip().upper() in tuple(LETTERS) for c in cops): return "letters"
-    if label_base != "auto": return label_base
     seen = {_number(c) for c in cops} & {0, 1, 2, 3, 4}
+    if label_base != "auto":
+        own, other = (0, 4) if label_base == "0" else (4, 0)  # what only this numbering has, and only the other
+        if other in seen and own not in seen: raise ValueError(f"label_base = {label_base}, but cop holds {other} and no {own}: it counts from {1 - int(label_base)}; set label_base = {1 - int(label_base)} or auto")
+        return label_base
     if {0, 4} <= seen: raise ValueError("cop holds both 0 and 4: two numberings are mixed; mend the file or set label_base = 0 or 1")
     if not seen: return "0"
     if not {0, 4} & seen: raise ValueError(f"cop is never 0 or 4 (it is {sorted(seen)}), so its base can't be told; set label_base = 0 or 1")
@@ -174,8 +183,8 @@ def fingerprint(questions: list[Question]) -> str: # 64 hexadecimal digits
     rows = sorted(f"{identity(q)}:{q.answer}" for q in questions)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
-# %% ../nbs/01_data.ipynb #c7c288dc
-def _text(value) -> str: return "" if value is None else str(value).strip()
+# %% ../nbs/01_data.ipynb #2f520a42
+def _text(value) -> str: return "" if value is None else str(value).strip().encode("utf-8", "replace").decode()  # a lone surrogate can't be hashed or tokenised
 
 # %% ../nbs/01_data.ipynb #0a92af83
 def to_question(record: dict, where: str, base: str) -> Question: # answer -2 where the row's is out of range

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_processes', 'check_recipe_here', 'World',
            'join_world', 'wait_for_all', 'end_with_parent', 'record_failure', 'failure_text', 'worker', 'LaunchError',
-           'run_notebook', 'launch_train', 'check_views', 'launch_evaluate']
+           'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'launch_evaluate']
 
 # %% ../nbs/05_launch.ipynb #f0c0b291
 import json, logging, os, shutil, sys, tempfile, threading, time
@@ -41,7 +41,7 @@ def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #74ab71d5
+# %% ../nbs/05_launch.ipynb #bc685bf3
 def check_recipe_here(recipe: Recipe, # about to be launched
                       training: bool = True # else only scored
                      ) -> None:
@@ -50,6 +50,7 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
     where = Path(model.resolve_model(recipe.model))
+    if where.is_dir(): model.empty_model(str(where)); model.load_tokenizer(recipe)
     on_hub = {"model_type": "nemotron_h" if model.is_nano(recipe.model) else "not known yet"}
     model.check_kernels((json.loads((where / "config.json").read_text()) if where.is_dir() else on_hub)["model_type"], recipe)
     if training and (where.is_dir() or model.is_nano(recipe.model)): model.lora_config(model.planned_model(recipe.model), recipe)
@@ -112,7 +113,7 @@ def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> s
     last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
     return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
 
-# %% ../nbs/05_launch.ipynb #609e5f84
+# %% ../nbs/05_launch.ipynb #87867917
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises."
@@ -127,13 +128,17 @@ def worker(job_file: str # written by `run_notebook`
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if rank == 0 else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python",
                                     progress_bar=False, cwd=job["cwd"], config=Config(KernelManager=sockets), **streams)
+    except KeyboardInterrupt: sys.exit(130)  # the launcher speaks for all
     except papermill.PapermillExecutionError as e:
         record_failure(failure_text(e.ename, e.evalue, e.exec_count, target))
         sys.exit(1)
 
-# %% ../nbs/05_launch.ipynb #7a3f87fa
+# %% ../nbs/05_launch.ipynb #57b6ecd4
 class LaunchError(RuntimeError):
     "A process of a run failed; the message names its rank and the cause."
+
+class Interrupted(LaunchError):
+    "The run was told to stop; the message says what is left and how to go on."
 
 # %% ../nbs/05_launch.ipynb #164efe34
 def _launch_config(nproc: int, nnodes: int, node_rank: int, rdzv_endpoint: str, logs: str):
@@ -154,12 +159,13 @@ def _first_failure(failures: dict) -> str:
         except (TypeError, KeyError, ValueError): return 1, failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
     return min(read(rank, failure) for rank, failure in failures.items())[2]
 
-# %% ../nbs/05_launch.ipynb #92352471
+# %% ../nbs/05_launch.ipynb #9d2f06f1
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
                  nproc: int = 1, nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "") -> Path: # rank 0's executed notebook
     "Execute a notebook in nproc × nnodes processes; raises `LaunchError` when one fails."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,12 +173,14 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), launcher=os.getpid(),
                parameters=parameters | {"world_size": nproc * nnodes})
     write_json(Path(logs) / "job.json", job)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report would stand before our one line
+    for elastic in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
+        logging.getLogger(elastic).setLevel(logging.CRITICAL)  # its report would stand before our one line
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")  # seconds a stuck process gets before SIGKILL; torch's 30 is longer than a user waits
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))  # else each process would use all cores
     try: elastic_launch(_launch_config(nproc, nnodes, node_rank, rdzv_endpoint, logs), sys.executable)(
             "-c", "import sys; from medmcqa_lora.launch import worker; worker(sys.argv[1])", str(Path(logs) / "job.json"))
     except ChildFailedError as e: raise LaunchError(_first_failure(e.failures)) from None
+    except SignalException as e: raise Interrupted(f"interrupted ({e.sigval.name}); what was written stays in {folder}; go on with the same command and --resume --out {folder}") from None
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 

@@ -7,8 +7,8 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'missing_kernels',
            'check_kernels', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
            'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model', 'is_nano',
-           'planned_model', 'adapter_shapes', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks',
-           'epoch_tokens', 'memory_parts', 'describe_plan']
+           'planned_model', 'adapter_shapes', 'expected_shapes', 'check_adapter', 'load_adapter', 'block_table',
+           'plot_blocks', 'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
 
 # %% ../nbs/02_model.ipynb #aa513acb
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, zipfile
@@ -122,14 +122,14 @@ def no_bars():
     try: yield
     finally: logging.enable_progress_bar() if shown else None
 
-# %% ../nbs/02_model.ipynb #6d353427
+# %% ../nbs/02_model.ipynb #8b4e1072
 def resolve_model(name: str # folder, hub id or built-in name
                  ) -> str: # folder or hub id, for `from_pretrained`
     "Where a model is; makes built-in ones. Raises `ValueError` for a folder without weights or a path that isn't there."
     if name in BUILTIN:
         make, version = BUILTIN[name]
         with no_bars(): return str(cached(name, make, version()))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_dir():
         if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
         raise ValueError(f"model {name}: no such folder, hub id or built-in{nearest(name, BUILTIN)} (built-in: {', '.join(BUILTIN)})")
@@ -137,14 +137,14 @@ def resolve_model(name: str # folder, hub id or built-in name
     if not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
     return str(path)
 
-# %% ../nbs/02_model.ipynb #b9e49141
+# %% ../nbs/02_model.ipynb #20b84c7e
 def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
                   ) -> object: # a fast tokenizer that pads right
     "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
     where = recipe.tokenizer or resolve_model(recipe.model)
     try: tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
-    except (OSError, ValueError) as e: raise ValueError(f"tokenizer {where}: can't be loaded ({str(e).splitlines()[0][:160]}); set tokenizer to its folder or hub id") from None
+    except (OSError, ValueError) as e: raise ValueError(f"tokenizer {where}: can't be loaded ({' '.join(str(e).split())[:160]}); set tokenizer to its folder or hub id") from None
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {where}: has no fast version, which gives the target's position; use another")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -191,14 +191,14 @@ def check_kernels(model_type: str, # from the model's configuration
         raise ValueError(f"fast = require: {' and '.join(missing)} missing, and without the fused kernels a step takes about 20 times longer; pip install -e '.[gpu]', or -p fast auto")
     return f"fused Mamba kernels: {'missing ' + ', '.join(missing) + ' (slow path)' if missing else 'in use'}"
 
-# %% ../nbs/02_model.ipynb #1a5f5897
+# %% ../nbs/02_model.ipynb #9fd2ea43
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
     where = resolve_model(recipe.model)
     try: model = (_load_unsloth if recipe.backend == "unsloth" else _load_hf)(where, recipe)
     except (OSError, KeyError, ImportError) as e:
-        raise ValueError(f"model {recipe.model}: can't be loaded ({str(e).splitlines()[0][:200]}); check the name, the network and HF_HUB_OFFLINE") from None
+        raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe)
     return model.eval()
 
@@ -277,7 +277,7 @@ def module_targets(chosen: list[Matrix], matrices: list[Matrix] # those meant, a
     meant = Counter(m.target for m in chosen if not m.fused)
     return sorted({m.target if meant[m.target] == count[m.target] else m.name for m in chosen if not m.fused})
 
-# %% ../nbs/02_model.ipynb #b17b2caf
+# %% ../nbs/02_model.ipynb #cf3308f2
 def lora_config(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe # whose targets, ranks and scale
                ) -> object: # a `peft.LoraConfig`
@@ -286,9 +286,10 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     chosen = select(matrices := list_matrices(model), recipe.lora_targets)
     fused = sorted({m.target for m in chosen if m.fused})
     if fused and recipe.lora_dropout: raise ValueError("lora_dropout: PEFT can't drop inputs of fused experts; set it to 0 or take routed_experts out of lora_targets")
-    ranks = {m.name: recipe.lora_r_experts for m in chosen if m.fused} if recipe.lora_r_experts else {}
+    own = [m.name for m in chosen if m.fused] if recipe.lora_r_experts else []
+    alpha = recipe.lora_alpha * (recipe.lora_r_experts or 0) / recipe.lora_r  # alpha / r, the scale, stays the same
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
-                      target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=ranks)
+                      target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
 # %% ../nbs/02_model.ipynb #ebe2401a
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
@@ -341,12 +342,15 @@ def save_adapter(model: nn.Module, # a PEFT model
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #51356e8b
+# %% ../nbs/02_model.ipynb #7bae24b1
 def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
                ) -> nn.Module: # on the meta device: shapes, no memory
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+    try:
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+    except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
+        raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
 
 # %% ../nbs/02_model.ipynb #b7a3949c
 def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
@@ -373,20 +377,29 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #071c3011
+# %% ../nbs/02_model.ipynb #7d96e037
+def expected_shapes(folder: Path, # an adapter/ folder
+                    model_name: str # the base model, as a recipe names it
+                   ) -> tuple[dict[str, tuple[int, ...]], str]: # tensor's name -> shape; the base that the adapter names
+    "The tensors that PEFT would look for, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    base = planned_model(model_name)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tuned = get_peft_model(base, config)
+    except Exception as e:  # no such peft_type, targets that the base lacks, not JSON
+        raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model") from None
+    return {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned).items()}, config.base_model_name_or_path
+
 def check_adapter(folder: Path, # an adapter/ folder
                   model_name: str # the base model, as a recipe names it
                  ) -> None:
     "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first that doesn't."
-    shapes = adapter_shapes(folder)
-    inputs = {m.name: m.shape[-1] for m in list_matrices(planned_model(model_name))}
-    made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not shapes: raise ValueError(f"adapter {folder}: holds no tensors; train it again")
-    for name, shape in shapes.items():
-        base = re.sub(r"(\.base_layer)*\.lora_[AB]\.weight$", "", name.removeprefix("base_model.model."))
-        if base.endswith(".experts"): continue  # fused experts: PEFT checks these by itself
-        if base not in inputs or (".lora_A." in name and shape[-1] != inputs[base]):
+    found, (expected, made_for) = adapter_shapes(folder), expected_shapes(folder, model_name)
+    for name, shape in found.items():
+        if expected.get(name) != shape:
             raise ValueError(f"adapter {folder}: made for another base ({made_for}): {name} {shape} does not fit {model_name}; give the base it was made for with -p model")
+    if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]}); copy it again")
 
 # %% ../nbs/02_model.ipynb #7cca6134
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
@@ -429,7 +442,11 @@ def plot_blocks(table: pd.DataFrame # from `block_table`
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
 ACTIVATION_MIB = {False: 3.1, True: 0.29}  # a token of the 30B model, without and with checkpointing; measured on one H200
 
-# %% ../nbs/02_model.ipynb #0d3acfd4
+# %% ../nbs/02_model.ipynb #ee78e1ae
+def longest_question(recipe: Recipe) -> int: # tokens
+    "The longest question that `max_length` lets through, by the shipped histogram."
+    return min(recipe.max_length, max(map(int, json.loads(shipped("assets/lengths.json").read_text())["tokens"])))
+
 def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epoch
     "Tokens of an epoch by the shipped length histogram, or by counting where the rows are here and short to read."
     from medmcqa_lora.data import load_pair, _is_path
@@ -447,7 +464,7 @@ def memory_parts(total: int, trainable: int, recipe: Recipe) -> dict[str, float]
     width = 4 if recipe.dtype == "float32" else 2  # bytes; PEFT keeps the adapter in float32 either way
     return {"frozen weights": (total - trainable) * width / 2**30, "adapter and gradient": trainable * 8 / 2**30, "optimizer": trainable * 8 / 2**30}
 
-# %% ../nbs/02_model.ipynb #84631524
+# %% ../nbs/02_model.ipynb #da9b6126
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None) -> str: # text; raises `ValueError` for targets that can't be had
     "What a recipe would train, its memory by part, and its tokens an epoch."
     model = planned_model(recipe.model)
@@ -457,12 +474,13 @@ def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None
     trainable = int(report.trainable.sum())
     parts, (rows, tokens) = memory_parts(total + trainable, trainable, recipe), epoch_tokens(recipe)
     if "Nemotron-3-Nano-30B" in recipe.model:
-        micro = recipe.per_device_train_batch_size * 128  # tokens of a padded micro-batch: 95% of questions have at most that
-        parts[f"activations of {micro:,} tokens (measured)"] = micro * ACTIVATION_MIB[recipe.gradient_checkpointing] / 1024
+        micro = recipe.per_device_train_batch_size * longest_question(recipe)  # padded to the longest question: the worst case
+        parts[f"activations of {micro:,} tokens, padded (measured)"] = micro * ACTIVATION_MIB[recipe.gradient_checkpointing] / 1024
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * gpus
     steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(rows / per_step * recipe.num_train_epochs)
     lines = [f"{recipe.model}: {total / 1e9:.2f} B parameters, LoRA trains {trainable:,} ({trainable / total:.3%})", report.to_string(index=False), "",
              *(f"{gib:8.2f} GiB  {part}" for part, gib in parts.items()), f"{sum(parts.values()):8.2f} GiB  in each GPU, without the allocator's reserve",
+             f"the number of rows of {recipe.data} is not known without the hub" if not rows else
              f"{rows:,} rows and about {tokens:,} tokens an epoch (lengths by SmolLM2's tokenizer); {steps:,} steps of {per_step} examples on {gpus} process{'es'[:2 * (gpus > 1)]}"]
     if gpu_memory: lines.append(f"{'fits' if sum(parts.values()) * 1.05 <= gpu_memory else 'does NOT fit'} into {gpu_memory:g} GiB (with 5% reserve)")
     return "\n".join(lines)

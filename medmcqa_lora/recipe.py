@@ -41,7 +41,7 @@ class DataKeys:
     max_length: int = 512  # tokens; a longer training example is left out and counted
     packing: Literal["auto", "on", "off"] = "auto"  # several examples in one row; auto: only where kept apart
 
-# %% ../nbs/00_recipe.ipynb #5d46b803
+# %% ../nbs/00_recipe.ipynb #3ef3012c
 @dataclass(kw_only=True)
 class LoraKeys:
     "The adapter: rank, scale and where it goes (LoRA: arXiv 2106.09685)."
@@ -49,7 +49,7 @@ class LoraKeys:
     lora_alpha: int = 32  # the update is scaled by alpha / r
     lora_dropout: float = 0.0  # share of LoRA's input dropped in training
     lora_targets: list[str] = field(default_factory=lambda: ["attention"])  # groups (attention, mamba_in, shared_experts, routed_experts, mlp) or names of matrices
-    lora_r_experts: int | None = None  # rank for routed experts' fused matrices; none: lora_r
+    lora_r_experts: int | None = None  # rank for routed experts' fused matrices, at the same alpha / r; none: lora_r
 
 # %% ../nbs/00_recipe.ipynb #20fbe91c
 @dataclass(kw_only=True)
@@ -140,7 +140,7 @@ POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_ep
 
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
-# %% ../nbs/00_recipe.ipynb #74462ccb
+# %% ../nbs/00_recipe.ipynb #d6806af2
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
@@ -151,6 +151,7 @@ RULES = (  # key, holds, what to do
     ("early_stopping_patience", lambda r: not (r.early_stopping_patience and r.eval_steps) or r.save_steps % r.eval_steps == 0,
      "keeps the best checkpoint, so save_steps must be a multiple of eval_steps"),
     ("packing", lambda r: r.packing != "on", "on is refused: packed examples can't be kept apart yet; use auto or off"),
+    ("lora_r_experts", lambda r: r.backend != "unsloth" or not r.lora_r_experts, "is not passed on by unsloth; leave it out, or use backend hf"),
     ("dtype", lambda r: r.backend != "unsloth" or r.dtype != "float32", "float32 is not what unsloth trains in; use bfloat16"),
 )
 
@@ -198,10 +199,11 @@ def nearest(word: str, known) -> str: # such as "; did you mean lora_r?" or ""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
-# %% ../nbs/00_recipe.ipynb #164db59b
+# %% ../nbs/00_recipe.ipynb #f00f50b9
 def find_section(name: str) -> tuple[Path, str, dict[str, str]]: # file, section, its raw values
     "Find a recipe by its section's name or an .ini file's path; raises `RecipeError` if there is none."
     file, _, section = name.partition(":") if ".ini" in name else ("", "", name)
+    if not name.strip(): raise RecipeError("--recipe: is empty; give a section of settings.ini or an .ini file")
     path = Path(file) if file else shipped("settings.ini")
     if not path.is_file(): raise RecipeError(f"--recipe {name}: no such file; give a section of settings.ini or an .ini file")
     ini = read_ini(path)

@@ -8,7 +8,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'restore_finished', 'training_seconds', 'train', 'recipe_target', 'plot_loss', 'LiveCurve', 'versions',
            'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #d9884a7f
+# %% ../nbs/03_training.ipynb #6c79deec
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +20,10 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
 from .data import Encoded
-from .files import append_line, read_lines, save_figure, trim_lines, write_json, write_whole
+from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
 
-# %% ../nbs/03_training.ipynb #a83872dc
+# %% ../nbs/03_training.ipynb #9b8890aa
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -34,7 +34,9 @@ def training_arguments(recipe: Recipe, # checked
     "TRL's arguments for a recipe and a run folder."
     from trl import SFTConfig
     best = recipe.early_stopping_patience is not None
-    return SFTConfig(**{k: getattr(recipe, k) for k in SAME_NAME}, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
+    same = {k: getattr(recipe, k) for k in SAME_NAME}
+    if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
+    return SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                      dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
                      bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
                      eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
@@ -65,7 +67,7 @@ def peak_memory_gib() -> float: # GiB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-# %% ../nbs/03_training.ipynb #008dd0e3
+# %% ../nbs/03_training.ipynb #d6d92a33
 class MetricsWriter(TrainerCallback):
     "Appends a line a logged step to `metrics.jsonl`, and a line an evaluation to `evals.jsonl`."
     def __init__(self, run: Path): self.run, self.seen, self.before, self.start, self.at = run, 0, 0, 0, time.perf_counter()
@@ -80,20 +82,21 @@ class MetricsWriter(TrainerCallback):
         if not state.is_world_process_zero or not logs: return
         if "eval_loss" in logs: append_line(self.run / "evals.jsonl", {"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs: return
+        if not math.isfinite(logs["loss"]): raise ValueError(f"step {state.global_step}: the loss is {logs['loss']}; lower learning_rate, or train in another dtype")
         tokens, now = int(logs.get("num_tokens", state.num_input_tokens_seen - self.start)), time.perf_counter()
         speed = (tokens - self.seen) / max(now - self.at, 1e-9)
         append_line(self.run / "metrics.jsonl", {"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs["learning_rate"],
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #8c444a20
+# %% ../nbs/03_training.ipynb #f0604afe
 class Progress(TrainerCallback):
     "A progress bar of optimizer steps, on rank 0."
     bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=1, dynamic_ncols=True)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=1, ncols=bar_columns())
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
@@ -224,10 +227,12 @@ def versions() -> dict[str, str]: # package -> version, for those installed
         except importlib.metadata.PackageNotFoundError: return None
     return {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
 
-# %% ../nbs/03_training.ipynb #6fc02ea6
+# %% ../nbs/03_training.ipynb #a3994ce4
 def git_commit() -> str: # 40 hexadecimal digits, with "+changes" where the tree differs; empty outside a checkout
     "The commit of this project's checkout."
-    def git(*args): return subprocess.run(["git", "-C", str(Path(sys.modules["medmcqa_lora"].__file__).parent), *args], capture_output=True, text=True).stdout.strip()
+    package = Path(sys.modules["medmcqa_lora"].__file__).parent
+    if not (package.parent / "pyproject.toml").exists(): return ""  # installed, perhaps inside another project's checkout
+    def git(*args): return subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--verify", "-q", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except OSError: return ""
 

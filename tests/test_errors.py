@@ -30,6 +30,9 @@ DATA = {  # file name: (content, what the message must hold)
     "unusable.jsonl": (lines({**ROW, "opa": ""}), ["unusable.jsonl", "empty option: 1"]),
     "cut.parquet": (b"PAR1 not a parquet file", ["cut.parquet"]),
     "what.txt": ("x", ["what.txt", "format"]),
+    "deep.json": ("[" * 100_000, ["deep.json"]),
+    "inner.jsonl": (lines({"data": "[" * 100_000}), ["line 1", "data.Options is missing"]),
+    "shifted.csv": ("question,opa,opb,opc,opd,cop\nPain, fever?,a,b,c,d,1\n", ["shifted.csv", "line 2", "more than the header"]),
 }
 
 
@@ -89,6 +92,33 @@ def test_recipes(words, cli, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_label_base_against_the_rows(cli, tmp_path):
+    """Read from 0, these rows would lose a quarter and shift the rest by one."""
+    (tmp_path / "one.jsonl").write_text(lines(*({**ROW, "question": f"{i}?", "cop": i} for i in (1, 2, 3, 4))))
+    check_one_line(cli("check-data", tmp_path / "one.jsonl", "--label-base", "0"), "counts from 1", "label_base = 1")
+
+
+def test_plan_options(cli):
+    check_one_line(cli("plan", "--gpus", "0"), "--gpus 0")
+    check_one_line(cli("plan", "--gpu-memory", "-5"), "--gpu-memory -5")
+    check_one_line(cli("plan", "--recipe", ""), "--recipe", "is empty")
+
+
+def test_broken_configurations(cli, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"")
+    for text in ("[]", "{}", "{", '{"model_type": "nemotron_h", "hidden_size": "x"}'):
+        (model / "config.json").write_text(text)
+        check_one_line(cli("train", "--recipe", "toy", "-p", "model", model, "--out", tmp_path / "run"), "model", "config.json")
+        assert not (tmp_path / "run").exists()
+
+
+def test_fifo(cli, tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    check_one_line(cli("check-data", tmp_path / "rows.jsonl"), "is not a file")
+
+
 def test_broken_ini(cli, tmp_path):
     (tmp_path / "mine.ini").write_text("[a]\nlora_r = 4\n[a]\n")
     check_one_line(cli("plan", "--recipe", tmp_path / "mine.ini"), "mine.ini", "line")
@@ -129,6 +159,8 @@ def test_models(cli, tmp_path):
 
 
 def test_adapters(cli, tmp_path, smollm2):
+    from safetensors.torch import load_file, save_file
+
     from medmcqa_lora.model import attach_lora, load_model, save_adapter
     from medmcqa_lora.recipe import load_recipe
 
@@ -138,6 +170,17 @@ def test_adapters(cli, tmp_path, smollm2):
     check_one_line(cli("evaluate", "--recipe", "demo", "--adapter", adapter, "--out", out), "adapter", "another base", "-p model")
     check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", tmp_path / "none", "--out", out), "none", "adapter_config.json")
     file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(iter(tensors))
+    save_file({k: v for k, v in tensors.items() if k != lost}, file)  # PEFT would leave that matrix untrained, and say nothing that is seen
+    check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "lacks 1 of", lost)
+    config = adapter / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps({**json.loads(whole), "target_modules": ["q_proj"]}))
+    check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "does not fit")
+    config.write_text("[]")
+    check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "configuration does not fit")
+    config.write_text(whole)
     file.write_bytes(file.read_bytes()[:500])
     check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "not a whole safetensors file")
     assert not out.exists()
@@ -145,6 +188,14 @@ def test_adapters(cli, tmp_path, smollm2):
 
 def test_compare_needs_two_evaluations(cli, tmp_path):
     check_one_line(cli("compare", tmp_path, tmp_path), "summary.json")
+    line = {"id": "q", "subject": "ENT", "answer": "A", "prediction": "B", "correct": False}
+    summary = dict(n=1, accuracy=0.0, ci95=[0.0, 0.8], majority_baseline=1.0, letter_mass=0.5, by_subject={}, data_sha256="x")
+    for said, lines, expected in ((summary, [5], "line 1 is not a prediction"), (summary, [{**line, "id": 1}], "line 1"), (summary, [{**line, "correct": "yes"}], "line 1"),
+                                  (summary, [], "holds no predictions"), ({}, [line], "n is missing"), ([], [line], "an object is missing"), ({**summary, "accuracy": None}, [line], "accuracy")):
+        (tmp_path / "summary.json").write_text(json.dumps(said))
+        (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        check_one_line(cli("compare", tmp_path, tmp_path, "--out", tmp_path / "out"), expected)
+        assert not (tmp_path / "out").exists()
 
 
 def test_processes(cli, monkeypatch, capsys):

@@ -128,6 +128,24 @@ def test_a_killed_command_leaves_no_process(tmp_path, how):
     assert not processes_with(mark)
 
 
+def test_a_short_trial_logs_its_last_step(tmp_path):
+    """With fewer steps than logging_steps there would be nothing to report."""
+    run = launch_train(toy(tmp_path / "run", max_steps=2, logging_steps=10))
+    assert [m["step"] for m in read_lines(run / "metrics.jsonl")] == [2]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = subprocess.Popen([*COMMAND, "train", "--recipe", "toy", "-p", "max_steps", "3000", "--out", str(tmp_path / "run")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert command.poll() is None
+        time.sleep(0.1)
+    os.kill(command.pid, signal.SIGINT)
+    told = command.communicate(timeout=30)[1]
+    assert command.returncode == 130
+    assert "interrupted (SIGINT)" in told.strip().splitlines()[-1] and "--resume" in told and "SignalException" not in told
+
+
 def test_training_goes_on_after_a_kill(one, tmp_path):
     folder = tmp_path / "run"
     words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "8", "--out", str(folder)]
