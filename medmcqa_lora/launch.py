@@ -50,10 +50,10 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
     where = Path(model.resolve_model(recipe.model))
-    if where.is_dir(): model.empty_model(str(where)); model.load_tokenizer(recipe)
-    on_hub = {"model_type": "nemotron_h" if model.is_nano(recipe.model) else "not known yet"}
-    model.check_kernels((json.loads((where / "config.json").read_text()) if where.is_dir() else on_hub)["model_type"], recipe)
-    if training and (where.is_dir() or model.is_nano(recipe.model)): model.lora_config(model.planned_model(recipe.model), recipe)
+    shapes = model.planned_model(recipe.model) if where.is_dir() or model.is_nano(recipe.model) else None  # else only the hub knows
+    if where.is_dir(): model.load_tokenizer(recipe)
+    model.check_kernels(shapes.config.model_type if shapes else "not known yet", recipe)
+    if training and shapes: model.lora_config(shapes, recipe)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
     (data.load_pair if training else data.load_evaluation)(recipe)

@@ -22,20 +22,20 @@ def sampled(cases, n, seed=0):
     return cases if ALL else random.Random(seed).sample(cases, min(n, len(cases)))
 
 
+def real_rows(name: str) -> Path:
+    if not (REAL / name).exists():
+        pytest.skip("real MedMCQA rows are not here (../shared/data)")
+    return REAL / name
+
+
 @pytest.fixture(scope="session")
 def validation() -> Path:
-    file = REAL / "medmcqa_validation.jsonl"
-    if not file.exists():
-        pytest.skip("real MedMCQA rows are not here (../shared/data)")
-    return file
+    return real_rows("medmcqa_validation.jsonl")
 
 
 @pytest.fixture(scope="session")
 def train_rows() -> Path:
-    file = REAL / "medmcqa_train_partial.jsonl"
-    if not file.exists():
-        pytest.skip("real MedMCQA rows are not here (../shared/data)")
-    return file
+    return real_rows("medmcqa_train_partial.jsonl")
 
 
 @pytest.fixture(scope="session")
