@@ -49,9 +49,10 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     from medmcqa_lora import data, model, training as parts
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
-    where = Path(model.resolve_model(recipe.model))
+    where = Path(model.resolve_model(recipe.model, recipe.weights == "pretrained"))
     shapes = model.planned_model(recipe.model) if where.is_dir() or model.is_nano(recipe.model) else None  # else only the hub knows
-    if where.is_dir(): model.load_tokenizer(recipe)
+    tokenizer = model.load_tokenizer(recipe) if where.is_dir() or recipe.tokenizer else None
+    if shapes and tokenizer: model.check_vocabulary(tokenizer, shapes.config, recipe)
     model.check_kernels(shapes.config.model_type if shapes else "not known yet", recipe)
     if training and shapes: model.lora_config(shapes, recipe)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training

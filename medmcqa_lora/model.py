@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'ROWS', 'ACTIVATION_MIB', 'cache_dir',
-           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'missing_kernels',
-           'check_kernels', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
-           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model', 'is_nano',
-           'planned_model', 'adapter_shapes', 'expected_shapes', 'check_adapter', 'load_adapter', 'block_table',
-           'plot_blocks', 'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
+           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'device',
+           'load_config', 'is_nano', 'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
+           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
+           'empty_model', 'planned_model', 'adapter_shapes', 'expected_shapes', 'check_adapter', 'load_adapter',
+           'block_table', 'plot_blocks', 'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
 
-# %% ../nbs/02_model.ipynb #aa513acb
+# %% ../nbs/02_model.ipynb #2dfbb92a
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
-from .experts import use_grouped_experts
+from .experts import is_grouped, use_grouped_experts
+from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
 # %% ../nbs/02_model.ipynb #5d165acc
 def cache_dir() -> Path: # made if missing
@@ -122,8 +123,9 @@ def no_bars():
     try: yield
     finally: logging.enable_progress_bar() if shown else None
 
-# %% ../nbs/02_model.ipynb #8b4e1072
-def resolve_model(name: str # folder, hub id or built-in name
+# %% ../nbs/02_model.ipynb #1f2a0a58
+def resolve_model(name: str, # folder, hub id or built-in name
+                  weights: bool = True # whether a folder must have them; else a config.json is enough
                  ) -> str: # folder or hub id, for `from_pretrained`
     "Where a model is; makes built-in ones. Raises `ValueError` for a folder without weights or a path that isn't there."
     if name in BUILTIN:
@@ -134,20 +136,28 @@ def resolve_model(name: str # folder, hub id or built-in name
         if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
         raise ValueError(f"model {name}: no such folder, hub id or built-in{nearest(name, BUILTIN)} (built-in: {', '.join(BUILTIN)})")
     if not (path / "config.json").is_file(): raise ValueError(f"model {path}: has no config.json; give the folder that save_pretrained wrote")
-    if not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
+    if weights and not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
     return str(path)
 
-# %% ../nbs/02_model.ipynb #20b84c7e
+# %% ../nbs/02_model.ipynb #0a7fd467
 def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
                   ) -> object: # a fast tokenizer that pads right
     "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
-    where = recipe.tokenizer or resolve_model(recipe.model)
+    where = recipe.tokenizer or resolve_model(recipe.model, recipe.weights == "pretrained")
+    if where in BUILTIN: where = resolve_model(where)
     try: tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
     except (OSError, ValueError) as e: raise ValueError(f"tokenizer {where}: can't be loaded ({' '.join(str(e).split())[:160]}); set tokenizer to its folder or hub id") from None
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {where}: has no fast version, which gives the target's position; use another")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+# %% ../nbs/02_model.ipynb #22f2bfc2
+def check_vocabulary(tokenizer, config, # the model's configuration
+                     recipe: Recipe) -> None:
+    "Raises `ValueError` if the tokenizer has ids that the model has no embedding for."
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"tokenizer {recipe.tokenizer or recipe.model}: has {len(tokenizer):,} tokens, and {recipe.model} embeds {config.vocab_size:,}; take the model's own")
 
 # %% ../nbs/02_model.ipynb #15feee50
 def check_backend(recipe: Recipe # about to be run
@@ -175,31 +185,52 @@ def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
                                                  max_seq_length=recipe.max_length, trust_remote_code=False)
     return model
 
-# %% ../nbs/02_model.ipynb #8de93686
-def missing_kernels() -> list[str]: # packages
-    "Packages of fused Mamba kernels that can't be imported here."
-    if not torch.cuda.is_available(): return ["a GPU"]
-    return [p for p in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(p) is None]
+# %% ../nbs/02_model.ipynb #3ff1a5cc
+def load_config(name: str # a recipe's model
+               ) -> object: # a configuration of transformers
+    "A model's configuration: its own, or for the 30B model the shipped one."
+    from transformers import AutoConfig
+    if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
+    return AutoConfig.from_pretrained(resolve_model(name, weights=False))
 
-# %% ../nbs/02_model.ipynb #43234afc
-def check_kernels(model_type: str, # from the model's configuration
-                  recipe: Recipe) -> str: # a line for the log
-    "Say which Mamba path will run; raises `ValueError` where the recipe requires the fused one and it is missing."
-    if model_type != "nemotron_h" or recipe.fast == "off": return f"{model_type}: no Mamba kernels looked for"
-    missing = missing_kernels()
-    if missing and recipe.fast == "require":
-        raise ValueError(f"fast = require: {' and '.join(missing)} missing, and without the fused kernels a step takes about 20 times longer; pip install -e '.[gpu]', or -p fast auto")
-    return f"fused Mamba kernels: {'missing ' + ', '.join(missing) + ' (slow path)' if missing else 'in use'}"
+def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
+    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
+    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
-# %% ../nbs/02_model.ipynb #9fd2ea43
+# %% ../nbs/02_model.ipynb #7b9c9efa
+@torch.no_grad()
+def randomise(model: nn.Module, # on its device; changed in place
+              seed: int # of the weights
+             ) -> None:
+    "Random weights that keep activations, and the load of experts, even; biases of convolutions are random, too."
+    generator, config = torch.Generator(next(model.parameters()).device).manual_seed(seed), model.config
+    for name, p in model.named_parameters():
+        writes = name.rsplit(".", 2)[-2] in ("out_proj", "o_proj", "down_proj") or name.endswith("experts.down_proj")
+        if name.endswith("conv1d.bias"): p.normal_(0, 0.1, generator=generator)
+        elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
+        elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
+
+def _make_random(recipe: Recipe) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    config = load_config(recipe.model)
+    dtype = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    with torch.device(device()), torch.random.fork_rng(): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    randomise(model, recipe.seed)
+    model.config._name_or_path = recipe.model
+    return model
+
+# %% ../nbs/02_model.ipynb #7618664f
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
-    where = resolve_model(recipe.model)
-    try: model = (_load_unsloth if recipe.backend == "unsloth" else _load_hf)(where, recipe)
+    find_mamba_kernels()
+    where = resolve_model(recipe.model, recipe.weights == "pretrained")
+    try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe)
+    if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
+    if recipe.backend == "hf" and recipe.fast != "off": use_grouped_experts(model)
     return model.eval()
 
 # %% ../nbs/02_model.ipynb #78e61890
@@ -291,7 +322,7 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #ebe2401a
+# %% ../nbs/02_model.ipynb #e169be1a
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
@@ -299,7 +330,7 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
-    use_grouped_experts(tuned, adapted=True)
+    if recipe.fast != "off": use_grouped_experts(tuned)
     return tuned
 
 # %% ../nbs/02_model.ipynb #2cf92498
@@ -352,19 +383,13 @@ def empty_model(where: str # folder or hub id, or a folder that has a config.jso
     except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
         raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
 
-# %% ../nbs/02_model.ipynb #b7a3949c
-def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
-    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
-    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
-
+# %% ../nbs/02_model.ipynb #1093aa59
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model, from the shipped configuration where its files are not here."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    known = shipped("assets/nemotron_nano_config.json")
-    if is_nano(name):
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(known.read_text())))
-    return empty_model(resolve_model(name))
+    from transformers import AutoModelForCausalLM
+    if not is_nano(name): return empty_model(resolve_model(name, weights=False))
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name))
 
 # %% ../nbs/02_model.ipynb #41963df5
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape
@@ -401,12 +426,13 @@ def check_adapter(folder: Path, # an adapter/ folder
             raise ValueError(f"adapter {folder}: made for another base ({made_for}): {name} {shape} does not fit {model_name}; give the base it was made for with -p model")
     if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]}); copy it again")
 
-# %% ../nbs/02_model.ipynb #7cca6134
+# %% ../nbs/02_model.ipynb #c924fbfa
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
     "Put a saved adapter on its base model."
     from peft import PeftModel
+    fast = any(map(is_grouped, model.modules()))
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
-    use_grouped_experts(tuned, adapted=True)
+    if fast: use_grouped_experts(tuned)
     return tuned
 
 # %% ../nbs/02_model.ipynb #7ef7a125

@@ -74,7 +74,7 @@ RECIPES = {  # words after the command: what the message must hold
     ("-p", "lora_r"): ["lora_r", "-p KEY VALUE"],
     ("-p", "lora_r", "0", "-p", "seed", "-1", "-p", "lora_dropout", "2"): ["lora_r = 0", "seed = -1", "lora_dropout"],
     ("-p", "learning_rate", "nan"): ["learning_rate", "finite"],
-    ("-p", "packing", "on"): ["packing", "kept apart"],
+    ("-p", "packing", "on", "-p", "backend", "unsloth", "-p", "dtype", "bfloat16"): ["packing", "unsloth"],
     ("-p", "target", "word"): ["target", "one of letter"],
     ("--recipe", "toy", "-p", "model", "smollm"): ["model smollm", "built-in"],
     ("--recipe", "toy", "-p", "lora_targets", "q_proj,out_proj"): ["out_proj", "bypass"],
