@@ -118,11 +118,12 @@ def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the 
     say(write_comparison(base_dir, tuned_dir, out))
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
-# %% ../nbs/06_cli.ipynb #c1d8ad7f
+# %% ../nbs/06_cli.ipynb #3020047c
 Adapter = Annotated[Path, typer.Argument(help="The adapter/ folder of a run.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="A new folder.")]
 Base = Annotated[str, typer.Option("--base", help="A folder, hub id or built-in name, instead of the model that the adapter was made for.")]
 
+# %% ../nbs/06_cli.ipynb #0990c933
 @app.command()
 def merge(adapter: Adapter, out: NewFolder, base: Base = "") -> None:
     "Write base + adapter as a stand-alone model folder, a matrix at a time."
@@ -130,6 +131,7 @@ def merge(adapter: Adapter, out: NewFolder, base: Base = "") -> None:
     done = merge_adapter(adapter, out, base)
     say(f"model  {out}: {done['base']} with {done['changed']:,} of {done['tensors']:,} tensors changed, {done['bytes'] / 2**30:.2f} GiB in {done['files']} weight file{'s'[:done['files'] > 1]}")
 
+# %% ../nbs/06_cli.ipynb #a8d83812
 @app.command()
 def export(adapter: Adapter, out: NewFolder, format: Annotated[str, typer.Option("--format", help="vllm, or peft: a copy that names its base.")], base: Base = "") -> None:
     "Write an adapter in the layout that something else reads."

@@ -9,7 +9,7 @@ __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'b
            'whole_folder', 'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm',
            'vllm_tensors', 'vllm_config', 'export_card', 'export_adapter']
 
-# %% ../nbs/02c_merge.ipynb #a7f9d4f3
+# %% ../nbs/02c_merge.ipynb #4e1bb09d
 import copy, itertools, json, math, os, re, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.std import tqdm
-from .files import bar_columns, write_json, write_whole
+from .files import bar_columns, write_whole
 from .model import adapter_shapes, check_adapter, resolve_model
 from .recipe import nearest
 
@@ -72,7 +72,7 @@ def check_plain(adapter: Path, config # its folder and `peft.PeftConfig`
     if (start := getattr(config, "init_lora_weights", True)) not in PLAIN_STARTS: reasons.append(f"init_lora_weights = {start}: it changes the base's weights")
     if reasons: raise ValueError(f"adapter {adapter}: is not plain LoRA ({'; '.join(reasons)}), and W + s·B·A would not be what was trained; merge it with PEFT's merge_and_unload")
 
-# %% ../nbs/02c_merge.ipynb #14575596
+# %% ../nbs/02c_merge.ipynb #30c04cb6
 def delta_of(name: str, layer: nn.Module # PEFT's layer and its name
             ) -> Delta | None: # None: of a kind that can't be merged
     "What one of PEFT's LoRA layers changes."
@@ -84,6 +84,7 @@ def delta_of(name: str, layer: nn.Module # PEFT's layer and its name
         return None if getattr(inner, "is_transposed", False) else Delta(f"{of}.{layer.parameter_name}", experts=experts, **about)
     return Delta(f"{of}.weight", experts=0, **about) if type(inner) is nn.Linear and "default" in layer.lora_A else None
 
+# %% ../nbs/02c_merge.ipynb #6b7ea9c8
 def read_deltas(adapter: Path, # an adapter/ folder
                 tuned: nn.Module # from `check_adapter`
                ) -> dict[str, Delta]: # parameter's name -> what changes it
@@ -136,7 +137,7 @@ def weight_files(folder: Path) -> list[Path]: # the shards, in order
     if missing := [f.name for f in files if not f.is_file()]: raise ValueError(f"model {folder}: lacks {len(missing)} of {len(files)} weight files (first: {missing[0]}); copy it again")
     return files
 
-# %% ../nbs/02c_merge.ipynb #d8c1a81e
+# %% ../nbs/02c_merge.ipynb #94bff3fd
 @dataclass(frozen=True)
 class Part:
     "A tensor in a file of the base: a parameter of the model, or one expert's share of it."
@@ -148,12 +149,14 @@ class Part:
     shape: tuple[int, ...]
     begin: int  # bytes from the file's start
 
+# %% ../nbs/02c_merge.ipynb #162f736b
 def base_shapes(tuned: nn.Module # a PEFT model
                ) -> dict[str, tuple[int, ...]]: # parameter's name -> shape
     "What the base's files have to hold."
     state = tuned.get_base_model().state_dict()
     return {re.sub(r"\.base_layer\b", "", n): tuple(t.shape) for n, t in state.items() if ".lora_" not in n}
 
+# %% ../nbs/02c_merge.ipynb #2e790ebf
 def renamer(tuned: nn.Module): # function of a file's key: the parameter's name, and whether it is one expert's share
     "transformers' rules from a file's keys to the model's names; the function raises `ValueError` for a rule that does more than stack."
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -230,7 +233,7 @@ def merge_file(source: Path, target: Path, # a shard, and the copy to make
                 size = math.prod(p.shape[-2:]) * DTYPES[p.dtype].itemsize
                 for i, e in enumerate(range(len(a)) if p.expert is None else [p.expert]): overwrite(f, p.begin + i * size, p.shape[-2:], DTYPES[p.dtype], a[e], b[e])
 
-# %% ../nbs/02c_merge.ipynb #6b33559e
+# %% ../nbs/02c_merge.ipynb #0e7029e5
 def check_new(out: Path # where a folder is to be written
              ) -> None:
     "Raises `ValueError` if `out` can't be a new folder."
@@ -239,6 +242,7 @@ def check_new(out: Path # where a folder is to be written
     try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts
     except OSError as e: raise ValueError(f"--out {out}: {above} is not writable ({e.strerror}); choose another folder") from None
 
+# %% ../nbs/02c_merge.ipynb #e63031ad
 def check_room(out: Path, need: int # bytes
               ) -> None:
     "Raises `ValueError` if `out`'s disk hasn't the room."
@@ -246,6 +250,7 @@ def check_room(out: Path, need: int # bytes
     hint = f"; {left[0]} was left by an interrupted run and can be deleted" if left else ""
     if need > free: raise ValueError(f"--out {out}: needs {need / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; make room or choose another disk{hint}")
 
+# %% ../nbs/02c_merge.ipynb #455a4855
 @contextmanager
 def whole_folder(out: Path # from `check_new`
                 ) -> Iterator[Path]: # to write into
@@ -265,12 +270,13 @@ def whole_folder(out: Path # from `check_new`
         sync(out.parent)
     finally: shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/02c_merge.ipynb #90cd7ee3
+# %% ../nbs/02c_merge.ipynb #994df6e4
 def companions(folder: Path) -> list[Path]: # config.json is the last
     "The files of a model's folder that go along with its weights."
     def goes(p): return p.is_file() and not p.name.startswith((".", "README")) and p.suffix not in (".safetensors", *OTHER_WEIGHTS) and p.name != "version.txt"
     return sorted((p for p in folder.iterdir() if goes(p)), key=lambda p: (p.name == "config.json", p.name))
 
+# %% ../nbs/02c_merge.ipynb #b8b3b3cf
 def merge_card(base: str, adapter: Path, changed: int, tensors: int # how many tensors changed, of how many
               ) -> str: # Markdown with a model hub's header
     "The merged folder's README."
@@ -278,7 +284,7 @@ def merge_card(base: str, adapter: Path, changed: int, tensors: int # how many t
     return (f"---\n{hub}library_name: transformers\ntags: [lora, merged]\n---\n\nMerged by `medmcqa-lora merge`: {base} with the LoRA adapter {adapter.absolute().parent.name}/{adapter.name}. "
             f"{changed} of {tensors} tensors are W + s·B·A, computed in float32 and rounded to the file's dtype; the others are the base's, to the byte. The base model's licence holds for the merged weights, too.\n")
 
-# %% ../nbs/02c_merge.ipynb #a745e765
+# %% ../nbs/02c_merge.ipynb #979d465d
 def plan_merge(adapter: Path, # an adapter/ folder
                base: str = "" # folder, hub id or built-in name; "": as `base_of` says
               ) -> tuple[str, Path, dict[str, Delta], list[Part]]: # base's name and folder, what changes, what there is
@@ -294,6 +300,7 @@ def plan_merge(adapter: Path, # an adapter/ folder
     check_finite(adapter)
     return name, folder, deltas, parts
 
+# %% ../nbs/02c_merge.ipynb #41867c01
 def merge_adapter(adapter: Path, # an adapter/ folder
                   out: Path, # a new folder
                   base: str = "" # folder, hub id or built-in name; "": the one that the adapter was made for
@@ -311,12 +318,13 @@ def merge_adapter(adapter: Path, # an adapter/ folder
         for p in others: shutil.copyfile(p, work / p.name)
     return dict(base=name, changed=len(change), tensors=len(parts), files=len(files), bytes=size)
 
-# %% ../nbs/02c_merge.ipynb #7d74e589
+# %% ../nbs/02c_merge.ipynb #330a4b62
 def vllm_names(delta: Delta) -> list[str]: # of the modules: one, or one an expert
     "What vLLM calls the matrices that a delta changes."
     block, _, leaf = delta.name.rpartition(".")
     return [f"{block}.{e}.{leaf}" for e in range(delta.experts)] if delta.experts else [block]
 
+# %% ../nbs/02c_merge.ipynb #c43112ef
 def check_vllm(adapter: Path, deltas: dict[str, Delta], model_type: str) -> None:
     "Raises `ValueError` if vLLM has no layout for an adapter's experts."
     blocks = {}
@@ -326,7 +334,7 @@ def check_vllm(adapter: Path, deltas: dict[str, Delta], model_type: str) -> None
     if blocks and (model_type != "nemotron_h" or half):
         raise ValueError(f"--format vllm: adapter {adapter} changes {half[0] if half else model_type + ' experts'} in a way that vLLM can't load (it wants up_proj and down_proj of every expert, vllm-project/vllm#47088); serve merged weights: medmcqa-lora merge")
 
-# %% ../nbs/02c_merge.ipynb #c938076c
+# %% ../nbs/02c_merge.ipynb #4b582f85
 def vllm_tensors(adapter: Path, deltas: dict[str, Delta]) -> dict[str, Tensor]: # name in the file -> A (r, in) or s·B (out, r)
     "An adapter's factors in vLLM's layout, all of the largest rank."
     from safetensors import safe_open
@@ -338,6 +346,7 @@ def vllm_tensors(adapter: Path, deltas: dict[str, Delta]) -> dict[str, Tensor]: 
                 tensors[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - d.rank)).contiguous()
     return tensors
 
+# %% ../nbs/02c_merge.ipynb #f55a9164
 def vllm_config(config, deltas: dict[str, Delta]): # a `peft.LoraConfig`, before and after
     "The configuration that belongs to `vllm_tensors`: one rank, a scale of 1, leaf names."
     new, rank = copy.copy(config), max(d.rank for d in deltas.values())
@@ -346,7 +355,7 @@ def vllm_config(config, deltas: dict[str, Delta]): # a `peft.LoraConfig`, before
     new.target_modules = sorted({n.rpartition(".")[2] for d in deltas.values() for n in vllm_names(d)})
     return new
 
-# %% ../nbs/02c_merge.ipynb #7186c5cb
+# %% ../nbs/02c_merge.ipynb #8abfbcdc
 FORMATS = ("vllm", "peft")
 
 def export_card(format: str, base: str, rank: int) -> str: # Markdown with a model hub's header
@@ -355,6 +364,7 @@ def export_card(format: str, base: str, rank: int) -> str: # Markdown with a mod
              if format == "vllm" else f"\n```python\nPeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)\n```\n")
     return f"---\nlibrary_name: peft\ntags: [lora]\n---\n\nA LoRA adapter for {base}, exported by `medmcqa-lora export --format {format}`.\n{serve}"
 
+# %% ../nbs/02c_merge.ipynb #a9627988
 def export_adapter(adapter: Path, # an adapter/ folder
                    out: Path, # a new folder
                    format: str, # one of `FORMATS`
