@@ -401,7 +401,7 @@ def check_adapter(folder: Path, # an adapter/ folder
     found, tuned = adapter_shapes(folder), planned_adapter(folder, model_name)
     expected, made_for = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}, tuned.peft_config["default"].base_model_name_or_path
     if wrong := [f"{name} {shape}" for name, shape in found.items() if expected.get(name) != shape]:
-        raise ValueError(f"adapter {folder}: made for another base ({made_for}) or other targets: {len(wrong)} of {len(found)} tensors do not fit {model_name} "
+        raise ValueError(f"adapter {folder}: made for another base ({made_for}) or other targets: its file does not fit {model_name} in {len(wrong)} of {len(found)} tensors "
                          f"(first: {', '.join(wrong[:3])}); give the base it was made for with -p model, or --base of merge")
     if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
     return tuned

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sampled
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -229,7 +230,10 @@ merge.merge_adapter(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("where, count, how", [("merge_file", 3, "SIGKILL"), ("write_whole", 1, "SIGKILL"), ("overwrite", 7, "SIGKILL"), ("merge_file", 2, "SIGINT")])
+KILLS = [("overwrite", 7, "SIGKILL"), ("merge_file", 3, "SIGKILL"), ("write_whole", 1, "SIGKILL"), ("merge_file", 2, "SIGINT")]
+
+
+@pytest.mark.parametrize("where, count, how", sampled(KILLS, 2))
 def test_interrupted(where, count, how, tmp_path):
     """Killed in a matrix, between two files and before the configuration: nothing that loads, and the next run is not in its way."""
     sharded, out = tmp_path / "sharded", tmp_path / "out/merged"
@@ -330,7 +334,7 @@ def test_bad_input(cli, tmp_path):
     (sharded / "model.safetensors.index.json").write_text("[]")
     refused("is not an index", base=sharded)
     # the adapter against the base
-    refused("other targets", "tensors do not fit", "base_model.model.model.layers.0.mixer.in_proj.lora_A.weight (4, 64), ", "--base", adapter=broken_adapter(target_modules=["q_proj"]))
+    refused("other targets", "does not fit", "base_model.model.model.layers.0.mixer.in_proj.lora_A.weight (4, 64), ", "--base", adapter=broken_adapter(target_modules=["q_proj"]))
     refused("lacks 3 of", adapter=broken_adapter(lambda t: dict(list(t.items())[3:])))
     refused("is not finite", "diverged", adapter=broken_adapter(lambda t: t | {(k := next(iter(t))): t[k] * float("nan")}))
     refused("not fit", adapter=broken_adapter(lambda t: t | {"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2)}))
