@@ -7,11 +7,11 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'device',
            'load_config', 'is_nano', 'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
            'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
-           'empty_model', 'planned_model', 'adapter_shapes', 'expected_shapes', 'check_adapter', 'load_adapter',
+           'empty_model', 'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter',
            'block_table', 'plot_blocks', 'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
 
 # %% ../nbs/02_model.ipynb #2dfbb92a
-import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, zipfile
+import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -403,28 +403,33 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
 # %% ../nbs/02_model.ipynb #7d96e037
-def expected_shapes(folder: Path, # an adapter/ folder
+def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
-                   ) -> tuple[dict[str, tuple[int, ...]], str]: # tensor's name -> shape; the base that the adapter names
-    "The tensors that PEFT would look for, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+                   ) -> nn.Module: # a PEFT model on the meta device
+    "The adapted model's structure, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
+    from peft import PeftConfig, get_peft_model
     base = planned_model(model_name)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        tuned = get_peft_model(base, config)
+        made_for, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would replace it, with a warning
+        with warnings.catch_warnings(action="ignore"): tuned = get_peft_model(base, config)
     except Exception as e:  # no such peft_type, targets that the base lacks, not JSON
-        raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model") from None
-    return {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned).items()}, config.base_model_name_or_path
+        raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model, or --base of merge") from None
+    config.base_model_name_or_path = made_for
+    return tuned
 
 def check_adapter(folder: Path, # an adapter/ folder
                   model_name: str # the base model, as a recipe names it
-                 ) -> None:
-    "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first that doesn't."
-    found, (expected, made_for) = adapter_shapes(folder), expected_shapes(folder, model_name)
-    for name, shape in found.items():
-        if expected.get(name) != shape:
-            raise ValueError(f"adapter {folder}: made for another base ({made_for}): {name} {shape} does not fit {model_name}; give the base it was made for with -p model")
-    if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]}); copy it again")
+                 ) -> nn.Module: # the adapted model's structure, on the meta device
+    "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first three that don't."
+    from peft import get_peft_model_state_dict
+    found, tuned = adapter_shapes(folder), planned_adapter(folder, model_name)
+    expected, made_for = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}, tuned.peft_config["default"].base_model_name_or_path
+    if wrong := [f"{name} {shape}" for name, shape in found.items() if expected.get(name) != shape]:
+        raise ValueError(f"adapter {folder}: made for another base ({made_for}) or other targets: its file does not fit {model_name} in {len(wrong)} of {len(found)} tensors "
+                         f"(first: {', '.join(wrong[:3])}); give the base it was made for with -p model, or --base of merge")
+    if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
+    return tuned
 
 # %% ../nbs/02_model.ipynb #c924fbfa
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
