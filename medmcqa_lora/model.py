@@ -475,14 +475,16 @@ def block_table(model: nn.Module, # without LoRA; may live on the meta device
         trainable[int(layer.search(m.name)[1])] += rank * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
     return pd.DataFrame([dict(block=i, kind=" + ".join(sorted(kinds[i] - {"other"})) or "other", parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
 
-# %% ../nbs/02_model.ipynb #4beb2dbf
+# %% ../nbs/02_model.ipynb #57d1593f
 def plot_blocks(table: pd.DataFrame # from `block_table`
                ) -> Figure: # a strip of blocks: parameters above, trainable ones below
     "The model's blocks by kind, and what LoRA touches in each."
     fig, axes = plt.subplots(2, 1, figsize=(11, 4.2), sharex=True, layout="constrained")
     for ax, column, label in zip(axes, ("parameters", "trainable"), ("parameters", "LoRA's, trainable")):
         for kind, rows in table.groupby("kind"): ax.bar(rows.block, rows[column], color=KIND_COLOURS.get(kind, "grey"), label=f"{kind} ({len(rows)})")
-        ax.set(ylabel=label, yscale="log" if table[column].max() > 0 else "linear")
+        reached = table[column][table[column] > 0]
+        if len(reached) and reached.max() > 30 * reached.min(): ax.set(yscale="log", ylim=(10 ** math.floor(math.log10(reached.min() / 2)), None))
+        ax.set(ylabel=label)
     axes[0].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1)); axes[1].set(xlabel=f"block; LoRA reaches {(table.trainable > 0).sum()} of {len(table)}")
     plt.close(fig)
     return fig
