@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'ROWS', 'ACTIVATION_MIB', 'cache_dir',
-           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'device',
-           'load_config', 'is_nano', 'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
-           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
-           'empty_model', 'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter',
-           'block_table', 'plot_blocks', 'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
+           'cached', 'no_bars', 'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences',
+           'refuse_differences', 'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'load_config',
+           'is_nano', 'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table',
+           'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
+           'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks',
+           'longest_question', 'epoch_tokens', 'memory_parts', 'describe_plan']
 
 # %% ../nbs/02_model.ipynb #2dfbb92a
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -167,16 +168,72 @@ def check_backend(recipe: Recipe # about to be run
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
 
+# %% ../nbs/02_model.ipynb #2b4c5dbe
+def differences(info: dict # transformers' `loading_info`
+               ) -> list[str]: # a clause a tensor; empty: the checkpoint is what the configuration says
+    "How a checkpoint's tensors differ from the model's, as transformers found when it loaded them."
+    shapes = [f"{name} is {' × '.join(map(str, a))} instead of {' × '.join(map(str, b))}" for name, a, b in info["mismatched_keys"]]
+    return sorted(f"{k} is missing" for k in info["missing_keys"]) + sorted(shapes) + sorted(f"{k} has no place in the model" for k in info["unexpected_keys"])
+
+def refuse_differences(name: str, # of the model, as a recipe names it
+                       found: list[str] # from `differences`
+                      ) -> None:
+    "Raises `ValueError` naming the first three tensors, if there are any."
+    if found: raise ValueError(f"model {name}: weights and config.json disagree ({len(found)} in all): {', '.join(found[:3])}; copy the whole model again, or its own config.json")
+
+# %% ../nbs/02_model.ipynb #d9aa272a
+def checkpoint_shapes(folder: Path # of a model
+                     ) -> dict[str, torch.Tensor]: # tensor's name -> a tensor of its shape, without memory
+    "What a model folder's files hold; raises `ValueError` for a file that is missing or not whole."
+    from safetensors import SafetensorError, safe_open
+    index, found, file = folder / "model.safetensors.index.json", {}, folder / "model.safetensors"
+    try:
+        shards = {"model.safetensors"} if file.is_file() or not index.is_file() else set(json.loads(index.read_text())["weight_map"].values())
+        for file in sorted(folder / s for s in shards):
+            with safe_open(file, "pt") as f: found |= {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    except (OSError, SafetensorError) as e: raise ValueError(f"model {file}: missing, or not a whole safetensors file ({' '.join(str(e).split())[:120]}); copy it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"model {index}: not an index of shards; copy it again") from None
+    return found
+
+# %% ../nbs/02_model.ipynb #7bae24b1
+def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
+               ) -> nn.Module: # on the meta device: shapes, no memory
+    "The model's structure without its weights."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+    except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
+        raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
+
+# %% ../nbs/02_model.ipynb #9ddfb330
+def check_checkpoint(folder: Path, # of a model
+                     name: str = "" # what to call it; empty: the folder
+                    ) -> None:
+    "Raises `ValueError`, naming the first three tensors, if a model folder's tensors aren't those of its config.json; reads headers alone."
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.utils import logging
+    found, model, said = checkpoint_shapes(folder), empty_model(str(folder)), logging.get_verbosity()
+    logging.set_verbosity_error()  # its own report fills pages
+    try:
+        with no_bars(): _, info = type(model).from_pretrained(None, config=model.config, state_dict=dict(found), device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    except RuntimeError:  # experts of different shapes can't be stacked to one tensor, and it doesn't say which
+        want = revert_weight_conversion(model, model.state_dict())
+        info = dict(missing_keys=want.keys() - found.keys(), unexpected_keys=found.keys() - want.keys(), mismatched_keys={(k, found[k].shape, want[k].shape) for k in want.keys() & found.keys() if found[k].shape != want[k].shape})
+    finally: logging.set_verbosity(said)
+    refuse_differences(name or str(folder), differences(info))
+
 # %% ../nbs/02_model.ipynb #5fc8042e
 def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-# %% ../nbs/02_model.ipynb #f10edee7
+# %% ../nbs/02_model.ipynb #64c147b7
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation).to(device())
+    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation, output_loading_info=True, ignore_mismatched_sizes=True)
+    refuse_differences(recipe.model, differences(info))
+    return model.to(device())
 
 # %% ../nbs/02_model.ipynb #8b8c381b
 def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
@@ -225,6 +282,7 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
     check_backend(recipe)
     find_mamba_kernels()
     where = resolve_model(recipe.model, recipe.weights == "pretrained")
+    if Path(where).is_dir() and recipe.weights == "pretrained": check_checkpoint(Path(where), recipe.model)  # of a hub id, what was loaded is compared
     try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
@@ -373,16 +431,6 @@ def save_adapter(model: nn.Module, # a PEFT model
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #7bae24b1
-def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
-               ) -> nn.Module: # on the meta device: shapes, no memory
-    "The model's structure without its weights."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    try:
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
-    except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
-        raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
-
 # %% ../nbs/02_model.ipynb #1093aa59
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
@@ -402,7 +450,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #7d96e037
+# %% ../nbs/02_model.ipynb #8074fd0a
 def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
                    ) -> nn.Module: # a PEFT model on the meta device
@@ -440,10 +488,10 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in
     if fast: use_grouped_experts(tuned)
     return tuned
 
-# %% ../nbs/02_model.ipynb #7ef7a125
-KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple"}
+# %% ../nbs/02_model.ipynb #625d5cc0
+KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple", "attention + mlp": "tab:cyan"}
 
-# %% ../nbs/02_model.ipynb #44a3b1cd
+# %% ../nbs/02_model.ipynb #75059f2b
 def block_table(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe) -> pd.DataFrame: # block, kind, parameters, trainable
     "Each block's parameters and what LoRA would train in it, counted from the shapes."
@@ -451,20 +499,22 @@ def block_table(model: nn.Module, # without LoRA; may live on the meta device
     chosen = select(list_matrices(model), recipe.lora_targets)
     parameters, kinds, trainable = Counter(), {}, Counter()
     for name, p in model.named_parameters():
-        if found := layer.search(name): parameters[int(found[1])] += p.numel(); kinds.setdefault(int(found[1]), block_kind(name, model.config))
+        if found := layer.search(name): parameters[int(found[1])] += p.numel(); kinds.setdefault(int(found[1]), set()).add(block_kind(name, model.config))
     for m in chosen:
         rank = recipe.lora_r_experts if m.fused and recipe.lora_r_experts else recipe.lora_r
         trainable[int(layer.search(m.name)[1])] += rank * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
-    return pd.DataFrame([dict(block=i, kind=kinds[i], parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
+    return pd.DataFrame([dict(block=i, kind=" + ".join(sorted(kinds[i] - {"other"})) or "other", parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
 
-# %% ../nbs/02_model.ipynb #4beb2dbf
+# %% ../nbs/02_model.ipynb #57d1593f
 def plot_blocks(table: pd.DataFrame # from `block_table`
                ) -> Figure: # a strip of blocks: parameters above, trainable ones below
     "The model's blocks by kind, and what LoRA touches in each."
     fig, axes = plt.subplots(2, 1, figsize=(11, 4.2), sharex=True, layout="constrained")
     for ax, column, label in zip(axes, ("parameters", "trainable"), ("parameters", "LoRA's, trainable")):
         for kind, rows in table.groupby("kind"): ax.bar(rows.block, rows[column], color=KIND_COLOURS.get(kind, "grey"), label=f"{kind} ({len(rows)})")
-        ax.set(ylabel=label, yscale="log" if table[column].max() > 0 else "linear")
+        reached = table[column][table[column] > 0]
+        if len(reached) and reached.max() > 30 * reached.min(): ax.set(yscale="log", ylim=(10 ** math.floor(math.log10(reached.min() / 2)), None))
+        ax.set(ylabel=label)
     axes[0].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1)); axes[1].set(xlabel=f"block; LoRA reaches {(table.trainable > 0).sum()} of {len(table)}")
     plt.close(fig)
     return fig
