@@ -200,6 +200,6 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         missing = missing_kernels()
         lines = ["Mamba scan and convolution: " + (f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]
         if experts := [m for n, m in model.named_modules() if n.endswith(".experts")]:
-            lines.append(f"routed experts: grouped products in {sum(map(is_grouped, experts))} of {len(experts)} blocks, in the others as transformers or PEFT computes them")
+            lines.append(f"routed experts: grouped products in {sum(map(is_grouped, experts))} of {len(experts)} blocks")
     kind = "variable-length" if recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation) else f"{recipe.attn_implementation} with a block-diagonal mask"
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])
