@@ -1,15 +1,16 @@
 """Nothing leaks: an example's logits, gradients, scores and losses are its own, alone, padded or packed."""
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.isolation import apart, isolation, make_recipe
-from conftest import run_cli  # noqa: F401
+from conftest import ALL
 
+from benchmarks.isolation import isolation, make_recipe
 from medmcqa_lora.data import encode_questions, load_pair
+from medmcqa_lora.evaluation import pad_right
 from medmcqa_lora.files import read_lines
-from medmcqa_lora.kernels import packing_error
+from medmcqa_lora.generation import generate_texts, pad_left
+from medmcqa_lora.kernels import packing_collator, packing_error
 from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
 from medmcqa_lora.recipe import load_recipe
 from medmcqa_lora.training import make_trainer, train
@@ -26,3 +27,83 @@ def test_alone_padded_and_packed(tmp_path, fast):
         assert differences[way]["logits"] < 1e-5 and differences[way]["gradients"] < 1e-4, (way, differences)
     assert differences["leaking"]["logits"] > 0.1 and differences["leaking"]["gradients"] > 0.1  # the measure sees a leak
     assert differences["scoring, padded"]["letters"] < 1e-4
+
+
+def trained(folder, packed: bool, **settings):
+    """Losses and gradient-free adapter of a short run, and the token counts it logged."""
+    recipe = load_recipe("toy", {"max_steps": "6", "save_steps": "6", "eval_steps": "6", "max_rows": "40", **settings})
+    tokenizer, (rows, held_out) = load_tokenizer(recipe), load_pair(recipe)
+    encoded, evaluation = (encode_questions(r.questions, tokenizer, recipe) for r in (rows, held_out))
+    model = attach_lora(load_model(recipe), recipe)
+    folder.mkdir()
+    train(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
+    return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": "3", "gradient_checkpointing": "true", "target": "letter_and_text"}], ids=["letter", "accumulated, checkpointed, text"])
+def test_packing_changes_no_loss(tmp_path, settings):
+    (padded, padded_eval, one), (packed, packed_eval, other) = (trained(tmp_path / str(p), p, **settings) for p in (False, True))
+    assert [m["loss"] for m in packed] == pytest.approx([m["loss"] for m in padded], rel=1e-4)
+    assert [m["tokens"] for m in packed] == [m["tokens"] for m in padded]  # padding was never counted
+    assert packed_eval[0]["eval_loss"] == pytest.approx(padded_eval[0]["eval_loss"], rel=1e-4)
+    assert max(float((one[n] - other[n]).abs().max()) for n in one) < 1e-3  # Adam divides by small numbers
+    assert packed[-1]["loss"] < packed[0]["loss"]
+
+
+def test_the_run_says_what_it_chose(cli, tmp_path):
+    """Through the command line: packed by default, padded on request; the same losses; the choice in environment.json."""
+    losses = {}
+    for packing in ("auto", "off"):
+        code, _, err = cli("train", "--recipe", "toy", "-p", "max_steps", "3", "-p", "save_steps", "3", "-p", "packing", packing, "--out", tmp_path / packing)
+        assert code == 0, err
+        losses[packing] = [m["loss"] for m in read_lines(tmp_path / packing / "metrics.jsonl")]
+        said = (tmp_path / packing / "environment.json").read_text()
+        assert ("packing: on (an example's logits are the same behind another one" if packing == "auto" else "packing: off (off in the recipe)") in said
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-4)
+
+
+def test_each_other_way_of_padding_is_refused():
+    recipe = load_recipe("toy")
+    model, tokenizer = load_model(recipe), load_tokenizer(recipe)
+    rows = [[5, 6, 7, 8], [9, 10]]
+    (left, left_mask), (right, right_mask) = pad_left(rows, 0), pad_right(rows, 0)
+    with pytest.raises(ValueError, match="left of 1 of 2 rows in a pass without a cache"):
+        model(left, attention_mask=left_mask, use_cache=False)
+    with pytest.raises(ValueError, match="right of 1 of 2 rows in a pass with a cache"):
+        model.generate(input_ids=right, attention_mask=right_mask, max_new_tokens=2)
+    tuned = attach_lora(model, recipe)  # the check stays under an adapter, where PEFT calls forward directly
+    with pytest.raises(ValueError, match="pad on the right"):
+        tuned.train()(left, attention_mask=left_mask, use_cache=False)
+    with pytest.raises(ValueError, match="model.eval"):
+        generate_texts(tuned, rows, tokenizer, 2)
+    assert len(generate_texts(tuned.eval(), rows, tokenizer, 2)) == 2
+
+
+def test_generation_is_the_same_alone_and_padded():
+    recipe = load_recipe("toy")
+    model, tokenizer = load_model(recipe), load_tokenizer(recipe)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 1000, (n,), generator=generator).tolist() for n in (40, 3, 17)]
+    assert generate_texts(model, rows, tokenizer, 8) == [generate_texts(model, [r], tokenizer, 8)[0] for r in rows]
+
+
+@pytest.mark.parametrize("seed", range(20 if ALL else 2))
+def test_random_lengths(seed):
+    """Any order of any lengths, in rows of one and of several examples."""
+    model = load_model(load_recipe("toy")).train()
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator).tolist()
+    rows = [torch.randint(3, 1000, (n,), generator=generator).tolist() for n in lengths]
+    batch = packing_collator()([{"input_ids": r, "labels": r} for r in rows])
+    batch.pop("labels")
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0].split(lengths)
+        for y, row in zip(packed, rows):
+            alone = model(torch.tensor([row]), use_cache=False).logits[0]
+            assert (y - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_a_real_model_keeps_examples_apart(smollm2):
+    recipe = load_recipe("demo")
+    rows = encode_questions(load_pair(recipe)[0].questions[:2], load_tokenizer(recipe), recipe).rows
+    assert packing_error(load_model(recipe), [rows[0]["input_ids"], rows[1]["input_ids"]]) < 1e-4
