@@ -10,8 +10,8 @@ __all__ = ['ROWS', 'UP', 'DOWN', 'LOSS_CHUNK', 'RESERVE', 'question_lengths', 'e
            'plan_memory', 'largest_batch', 'nearest_measurement', 'plan_time', 'kinds_table', 'show_table',
            'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
 
-# %% ../nbs/02d_plan.ipynb #9a3442f7
-import json, math, re
+# %% ../nbs/02d_plan.ipynb #172da61d
+import json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
@@ -126,7 +126,7 @@ def routed_kept(c, # the model's configuration
     inputs = k * p.width * (size * (UP in ranks) + width * (DOWN in ranks))
     return parts | {"order": k * (25 + p.width), "slots' outputs": k * p.width * size, "LoRA on routed experts": inputs + weights}
 
-# %% ../nbs/02d_plan.ipynb #2e3a5242
+# %% ../nbs/02d_plan.ipynb #03031ca9
 def mamba_sizes(c # the model's configuration
                ) -> tuple[int, int, int]: # inner width, width of the convolution, width that in_proj gives
     "Widths in a Mamba2 block."
@@ -134,6 +134,7 @@ def mamba_sizes(c # the model's configuration
     conv = inner + 2 * c.n_groups * c.ssm_state_size
     return inner, conv, inner + conv + c.mamba_num_heads
 
+# %% ../nbs/02d_plan.ipynb #e08ada18
 def mamba_kept(c, # the model's configuration
                p: Pass, ranks: dict[str, int] # target -> rank, of this block
               ) -> dict[str, float]: # what -> bytes a token
@@ -148,7 +149,7 @@ def mamba_kept(c, # the model's configuration
                    "chunks": filled * 4 * heads * (3 * chunk + 3 * c.ssm_state_size + 2) + filled * 2 * 4 * inner,
                    "states": states, "decays": 4 * heads * (chunks + 1)**2 / p.length, "gated norm": (4 if p.half else 3) * 4 * inner + 4 * c.n_groups}
 
-# %% ../nbs/02d_plan.ipynb #16303c84
+# %% ../nbs/02d_plan.ipynb #de2897da
 @dataclass(frozen=True)
 class Block:
     "A block of the model, and LoRA in it."
@@ -156,6 +157,7 @@ class Block:
     ranks: dict[str, int]  # target -> rank
     trainable: int  # parameters
 
+# %% ../nbs/02d_plan.ipynb #bdde3aa4
 def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
@@ -165,16 +167,14 @@ def block_kept(c, # the model's configuration
              "decoder": lambda: attention_kept(c, p, r) | {"norm of the MLP": norm} | {f"MLP's {k}": v for k, v in mlp_kept(c, p, r, c.intermediate_size).items()}}[block.kind]()
     return {"norm": norm} | parts | {"adapter's copies": 2 * block.trainable * p.half / p.tokens}
 
-# %% ../nbs/02d_plan.ipynb #1a3732a7
+# %% ../nbs/02d_plan.ipynb #c665b97b
 def count_kept(run, # function without arguments: a forward pass
                model: nn.Module) -> int: # bytes
     "Bytes that autograd keeps for the backward pass of `run`, besides the model's parameters."
     own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    def keep(t):
-        found[t.untyped_storage().data_ptr()] = t
-        return t
+    def keep(t): return found.setdefault(t.untyped_storage().data_ptr(), []).append(t) or t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): run()
-    return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in own)
+    return sum(ts[0].untyped_storage().nbytes() for at, ts in found.items() if at not in own)
 
 # %% ../nbs/02d_plan.ipynb #eb45a546
 def find_blocks(model: nn.Module, # without LoRA; may live on the meta device
@@ -193,7 +193,7 @@ def find_blocks(model: nn.Module, # without LoRA; may live on the meta device
         trainable[i] += r * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
     return [Block(k, ranks.get(i, {}), trainable[i]) for i, k in sorted(kinds.items())]
 
-# %% ../nbs/02d_plan.ipynb #0beb25ea
+# %% ../nbs/02d_plan.ipynb #069192be
 def mamba_temporary(c, # the model's configuration
                     p: Pass) -> float: # bytes a token
     "What a Mamba2 block's backward pass needs besides what is kept."
@@ -202,6 +202,7 @@ def mamba_temporary(c, # the model's configuration
     if not p.fused: return filled * 2 * 4 * c.mamba_num_heads * max(chunk * states, chunk * c.mamba_head_dim, c.mamba_head_dim * states)
     return p.width * (2 * conv + projected + 3 * inner) + filled * 4 * (3 * inner * states / chunk + 4 * c.n_groups * chunk)
 
+# %% ../nbs/02d_plan.ipynb #c7c0d8ff
 def routed_temporary(c, # the model's configuration
                      p: Pass, adapted: int # of the two expert weights, how many have LoRA
                     ) -> float: # bytes a token
@@ -240,12 +241,13 @@ def activation_peak(c, # the model's configuration
     peak = p.tokens * max(moments)
     return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream) + logits - peak)
 
-# %% ../nbs/02d_plan.ipynb #8ab3eb12
+# %% ../nbs/02d_plan.ipynb #52ce87ab
 def measured_rows() -> pd.DataFrame: # a row a measurement
     "The shipped table of measured speeds and peaks."
     table = json.loads(shipped("assets/measured.json").read_text())
     return pd.DataFrame([table["common"] | row for row in table["rows"]])
 
+# %% ../nbs/02d_plan.ipynb #842fb608
 def measured_pass(row) -> Pass: # of a row of `measured_rows`
     "The pass that a measurement was made with."
     return Pass(row["rows"], row.length, fused=row.way != "plain", grouped=row.way in ("experts", "prototype"))
@@ -258,11 +260,12 @@ def plan_pass(recipe: Recipe, packed: bool # a micro-batch's examples in one row
     rows = 1 if packed else recipe.per_device_train_batch_size
     return Pass(rows, largest // rows, half=half, masked=not half if packed else rows > 1, fused=half, grouped=recipe.fast != "off")
 
-# %% ../nbs/02d_plan.ipynb #66cb6062
+# %% ../nbs/02d_plan.ipynb #6b4bb6a5
 def will_pack(recipe: Recipe) -> bool: # a micro-batch's examples in one row
     "Whether a run of this recipe is expected to pack."
     return recipe.packing != "off" and recipe.backend != "unsloth"
 
+# %% ../nbs/02d_plan.ipynb #2c823780
 def plan_memory(c, # the model's configuration
                 blocks: list[Block] | None, # from `find_blocks`
                 recipe: Recipe, parts: dict[str, float] # from `memory_parts`
@@ -330,13 +333,14 @@ def kinds_table(model: nn.Module # without LoRA; may live on the meta device
         if found := layer.search(name): blocks.setdefault(kind, set()).add(found[1])
     return pd.DataFrame([dict(block=k, blocks=len(blocks.get(k, ())), parameters=n, share=n / count.total()) for k, n in count.most_common()])
 
-# %% ../nbs/02d_plan.ipynb #b7c9d459
+# %% ../nbs/02d_plan.ipynb #e7d37cc5
 def show_table(table: pd.DataFrame) -> str: # aligned text
     "A table as text, without its index; numbers with a point are shares."
     def word(v): return f"{v:,}" if isinstance(v, (int, np.integer)) else f"{v:.1%}" if isinstance(v, float) else str(v)
     text = table.map(word).to_string(index=False)
     return "\n".join(f"  {line}" for line in text.splitlines())
 
+# %% ../nbs/02d_plan.ipynb #674ed042
 def show_memory(memory: pd.DataFrame, # from `plan_memory`
                 recipe: Recipe, fits: dict[str, list[str]] # more lines: label -> a word for each column
                ) -> str: # aligned text
@@ -382,14 +386,16 @@ def size_of(n: int) -> str: # such as "31.58 B"
     "A number of parameters in words."
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
-# %% ../nbs/02d_plan.ipynb #14d9a950
+# %% ../nbs/02d_plan.ipynb #8e9f12cb
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None # GiB of one
                  ) -> str: # text; raises `ValueError` for targets that can't be had
     "What a recipe would train, its memory by part, its tokens and its time."
     from peft import get_peft_model
     model, (rows, tokens) = planned_model(recipe.model), epoch_tokens(recipe)
     total, kinds, blocks, c = sum(p.numel() for p in model.parameters()), kinds_table(model), find_blocks(model, recipe), model.config
-    report = lora_report(get_peft_model(model, lora_config(model, recipe)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of experts' full names, which PEFT does heed
+        report = lora_report(get_peft_model(model, lora_config(model, recipe)))
     parts = memory_parts(total, trainable := int(report.trainable.sum()), recipe, gpus)
     memory = plan_memory(c, blocks, recipe, parts)
     fits = fit_lines(c, blocks, recipe, parts, memory, gpu_memory) if gpu_memory else {}
