@@ -215,6 +215,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.plan.Pass.tokens': ('plan.html#pass.tokens', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.Pass.width': ('plan.html#pass.width', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.activation_peak': ('plan.html#activation_peak', 'medmcqa_lora/plan.py'),
+                                   'medmcqa_lora.plan.apart': ('plan.html#apart', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.attention_kept': ('plan.html#attention_kept', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.block_kept': ('plan.html#block_kept', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.block_temporary': ('plan.html#block_temporary', 'medmcqa_lora/plan.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROWS', 'UP', 'DOWN', 'LOSS_CHUNK', 'RESERVE', 'question_lengths', 'epoch_tokens', 'micro_batch_tokens',
            'memory_parts', 'Pass', 'lora_kept', 'attention_kept', 'mlp_kept', 'routed_kept', 'mamba_sizes',
-           'mamba_kept', 'Block', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary', 'routed_temporary',
-           'block_temporary', 'activation_peak', 'measured_rows', 'measured_pass', 'plan_pass', 'will_pack',
-           'plan_memory', 'largest_batch', 'nearest_measurement', 'plan_time', 'kinds_table', 'show_table',
+           'mamba_kept', 'Block', 'apart', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary',
+           'routed_temporary', 'block_temporary', 'activation_peak', 'measured_rows', 'measured_pass', 'plan_pass',
+           'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement', 'plan_time', 'kinds_table', 'show_table',
            'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
 
 # %% ../nbs/02d_plan.ipynb #172da61d
@@ -59,7 +59,7 @@ def memory_parts(total: int, # parameters of the base model
     parts = {"frozen weights": total * width, "adapter and gradient": trainable * (8 + 4 * (gpus > 1)), "optimizer": trainable * 8}
     return {k: v / 2**30 for k, v in parts.items()}
 
-# %% ../nbs/02d_plan.ipynb #9890839c
+# %% ../nbs/02d_plan.ipynb #59f1206e
 @dataclass(frozen=True)
 class Pass:
     "A micro-batch, and which code computes it."
@@ -69,6 +69,8 @@ class Pass:
     masked: bool = False  # attention by a mask instead of causal or variable-length kernels
     fused: bool = True  # Mamba by mamba_ssm's kernels; else by transformers' PyTorch code
     grouped: bool = True  # routed experts by `experts.grouped_forward`; else as transformers or PEFT computes them
+    examples: int = 0  # packed into the one row; 0: none
+    longest: int = 0  # tokens of the longest of them
 
     @property
     def tokens(self) -> int: return self.rows * self.length  # padding included
@@ -157,12 +159,17 @@ class Block:
     ranks: dict[str, int]  # target -> rank
     trainable: int  # parameters
 
-# %% ../nbs/02d_plan.ipynb #bdde3aa4
+# %% ../nbs/02d_plan.ipynb #92a8a2d2
+def apart(p: Pass) -> Pass: # the same, or a padded batch
+    "The pass as the Mamba blocks see it."
+    return replace(p, rows=p.examples, length=p.longest, examples=0) if p.examples and not p.fused else p
+
+# %% ../nbs/02d_plan.ipynb #5d70058f
 def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
     norm, r = 4 * c.hidden_size + 4, block.ranks
-    parts = {"attention": lambda: attention_kept(c, p, r), "mamba": lambda: mamba_kept(c, p, r), "mlp": lambda: mlp_kept(c, p, r, c.intermediate_size),
+    parts = {"attention": lambda: attention_kept(c, p, r), "mamba": lambda: {k: v * apart(p).tokens / p.tokens for k, v in mamba_kept(c, apart(p), r).items()}, "mlp": lambda: mlp_kept(c, p, r, c.intermediate_size),
              "moe": lambda: routed_kept(c, p, r) | {f"shared {k}": v for k, v in mlp_kept(c, p, r, c.moe_shared_expert_intermediate_size).items()},
              "decoder": lambda: attention_kept(c, p, r) | {"norm of the MLP": norm} | {f"MLP's {k}": v for k, v in mlp_kept(c, p, r, c.intermediate_size).items()}}[block.kind]()
     return {"norm": norm} | parts | {"adapter's copies": 2 * block.trainable * p.half / p.tokens}
@@ -211,35 +218,37 @@ def routed_temporary(c, # the model's configuration
     if p.grouped: return slots * (width + (3 if adapted else 2) * size)
     return slots * 3 * size + adapted * 2 * p.width * c.n_routed_experts * width * size / p.tokens
 
-# %% ../nbs/02d_plan.ipynb #3bc78a28
+# %% ../nbs/02d_plan.ipynb #ec1e38ff
 def block_temporary(c, # the model's configuration
                     block: Block, p: Pass) -> float: # bytes a token
     "What a block's backward pass needs at its largest, besides what is kept."
     heads = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    if block.kind == "mamba": return mamba_temporary(c, p)
+    if block.kind == "mamba": return mamba_temporary(c, apart(p)) * apart(p).tokens / p.tokens
     if block.kind == "moe":
         done = sum(v for k, v in block_kept(c, block, p).items() if k.startswith("shared"))
         return routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done
     return {"attention": heads, "mlp": c.intermediate_size, "decoder": max(heads, c.intermediate_size)}[block.kind] * (6 if p.half else 4)
 
-# %% ../nbs/02d_plan.ipynb #1573bdf8
+# %% ../nbs/02d_plan.ipynb #437b12f8
 LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE`
 
 def activation_peak(c, # the model's configuration
                     blocks: list[Block], p: Pass, checkpointing: bool,
-                    logits: float | None = None # bytes of the loss; none: TRL's chunks
+                    logits: float | None = None, # bytes of the loss; none: TRL's chunks
+                    accumulated: bool = False # whether the gradients of an earlier micro-batch exist
                    ) -> tuple[float, float]: # bytes: of activations at the blocks' peak, and what the loss needs beyond that
-    "The largest that a micro-batch's activations and temporaries become."
+    "The largest that a micro-batch's activations and temporaries become, less the gradients that aren't there yet."
     stream, norm = p.width * c.hidden_size, 4 * c.hidden_size + 4  # a block's input; what a norm keeps
     costs = {repr(b): (sum(block_kept(c, b, p).values()), block_temporary(c, b, p)) for b in {repr(b): b for b in blocks}.values()}
     first = 0 if checkpointing else next((i for i, b in enumerate(blocks) if b.ranks), 0)
     pairs = [costs[repr(b)] for b in blocks[first:]]
+    missing = np.cumsum([4 * b.trainable * (not accumulated) / p.tokens for b in blocks[first:]])  # gradients not there yet
     kept = np.cumsum([stream] * len(pairs) if checkpointing else [k for k, _ in pairs])
-    moments = [kept[-1] + norm + 4 * norm]  # the last norm's backward pass, in float32
-    moments += [kept[-1] + 3 * stream + max(k + extra, 5 * norm) for k, extra in pairs] if checkpointing else [k + 2 * stream + extra for k, (_, extra) in zip(kept, pairs)]
+    moments = [0, kept[-1] + norm + 4 * norm - missing[-1]]  # the optimizer's step; the last norm's backward pass, in float32
+    moments += [(kept[-1] + 3 * stream + max(own + extra, 5 * norm) if checkpointing else k + 2 * stream + extra) - m for k, (own, extra), m in zip(kept, pairs, missing)]
     logits = 4 * 4 * min(LOSS_CHUNK, p.tokens) * c.vocab_size if logits is None else logits
     peak = p.tokens * max(moments)
-    return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream) + logits - peak)
+    return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream - missing[-1]) + logits - peak)
 
 # %% ../nbs/02d_plan.ipynb #52ce87ab
 def measured_rows() -> pd.DataFrame: # a row a measurement
@@ -252,30 +261,31 @@ def measured_pass(row) -> Pass: # of a row of `measured_rows`
     "The pass that a measurement was made with."
     return Pass(row["rows"], row.length, fused=row.way != "plain", grouped=row.way in ("experts", "prototype"))
 
-# %% ../nbs/02d_plan.ipynb #b02a683c
+# %% ../nbs/02d_plan.ipynb #d6633a15
 def plan_pass(recipe: Recipe, packed: bool # a micro-batch's examples in one row
              ) -> Pass: # of the largest micro-batch
     "How a recipe's largest micro-batch will be computed."
     largest, half = micro_batch_tokens(recipe, packed)[1], recipe.dtype != "float32"
     rows = 1 if packed else recipe.per_device_train_batch_size
-    return Pass(rows, largest // rows, half=half, masked=not half if packed else rows > 1, fused=half, grouped=recipe.fast != "off")
+    row = dict(examples=recipe.per_device_train_batch_size, longest=max(question_lengths(recipe)), masked=not half) if packed else dict(masked=rows > 1)
+    return Pass(rows, largest // rows, half=half, fused=half, grouped=recipe.fast != "off", **row)
 
 # %% ../nbs/02d_plan.ipynb #6b4bb6a5
 def will_pack(recipe: Recipe) -> bool: # a micro-batch's examples in one row
     "Whether a run of this recipe is expected to pack."
     return recipe.packing != "off" and recipe.backend != "unsloth"
 
-# %% ../nbs/02d_plan.ipynb #2c823780
+# %% ../nbs/02d_plan.ipynb #3f6b2b55
 def plan_memory(c, # the model's configuration
                 blocks: list[Block] | None, # from `find_blocks`
                 recipe: Recipe, parts: dict[str, float] # from `memory_parts`
                ) -> pd.DataFrame: # GiB in each GPU: a row a part, columns False and True for gradient_checkpointing
     "Memory by part, without and with activation checkpointing; activations are NaN where no formula is known."
     p, known = plan_pass(recipe, will_pack(recipe)), blocks is not None and recipe.backend == "hf"
-    def peak(checkpointing): return activation_peak(c, blocks, p, checkpointing) if known else (math.nan, math.nan)
+    def peak(checkpointing): return activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1) if known else (math.nan, math.nan)
     return pd.DataFrame({ck: parts | dict(zip(("activations", "logits, beyond that"), (v / 2**30 for v in peak(ck)))) for ck in (False, True)})
 
-# %% ../nbs/02d_plan.ipynb #86d3ad0e
+# %% ../nbs/02d_plan.ipynb #941f9c29
 RESERVE = 1.05  # of what is predicted
 
 def largest_batch(c, # the model's configuration
@@ -286,7 +296,7 @@ def largest_batch(c, # the model's configuration
     "The largest per_device_train_batch_size, up to 1,024, that fits into a GPU."
     def fits(batch):
         p = plan_pass(replace(recipe, per_device_train_batch_size=batch), will_pack(recipe))
-        return (sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing)) / 2**30) * RESERVE <= gpu_memory
+        return (sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30) * RESERVE <= gpu_memory
     low, high = 0, 1025
     while high - low > 1:
         middle = (low + high) // 2

@@ -65,7 +65,7 @@ def test_predicted_peak_is_what_is_allocated(pattern, targets, dtype, checkpoint
         loss.backward()
 
     step()  # gradients exist from now on
-    predicted, _ = activation_peak(base.config, blocks, Pass(2, 256, half=dtype == torch.bfloat16, fused=False, grouped=grouped), checkpointing, logits=0)
+    predicted, _ = activation_peak(base.config, blocks, Pass(2, 256, half=dtype == torch.bfloat16, fused=False, grouped=grouped), checkpointing, logits=0, accumulated=True)
     assert predicted / allocated_at_once(step) == pytest.approx(1, abs=0.1)
 
 
