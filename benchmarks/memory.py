@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --device cuda --commit $(git rev-parse HEAD)     # the 30B model, random weights made on the device
     python benchmarks/memory.py                                                  # toy size on the CPU, a check of this script
-    python benchmarks/memory.py --list                                           # the configurations
+    python benchmarks/memory.py --list                                           # the configurations and what is predicted for the 30B model
 
 Each configuration goes through the package's own load_model, attach_lora and make_trainer: TRL steps on synthetic rows of
 given lengths, always the same batch. The peak is torch.cuda.max_memory_allocated from the second step on, when AdamW's
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from medmcqa_lora.data import Encoded, sample_tokenizer
 from medmcqa_lora.experts import is_grouped
-from medmcqa_lora.model import TOY, attach_lora, load_model
+from medmcqa_lora.model import TOY, attach_lora, empty_model, load_model
 from medmcqa_lora.plan import Pass, activation_peak, find_blocks, memory_parts
 from medmcqa_lora.recipe import Recipe, check_recipe, recipe_types, shipped
 from medmcqa_lora.training import git_commit, hardware, make_trainer, versions
@@ -62,6 +62,7 @@ CASES = [
     Case("8k, checkpointed", 2, 4096, True),
     Case("16k", 4, 4096),
     Case("16k, checkpointed", 4, 4096, True),
+    Case("32k, checkpointed", 8, 4096, True),
     Case("4k, padded", 16, 256, shortest=0.15),
     Case("4k, packed", 16, 400, shortest=0.28, packed=True),
     Case("16k, packed, checkpointed", 64, 400, True, shortest=0.28, packed=True),
@@ -173,6 +174,17 @@ def measure(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> dict:
                         step_s=min(spent) if spent else None, tokens_per_s=p.tokens / min(spent) if spent else None, loss=trainer.state.log_history[-1].get("train_loss"))
 
 
+def predict(case: Case) -> str:
+    """What is predicted for the 30B model with fused kernels; nothing is run."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = make_recipe(case, Path(folder), False, 1, 0)
+        model, lengths = empty_model(folder), row_lengths(case, False)
+    blocks, packed, padded = find_blocks(model, recipe), dict(rows=1, length=sum(lengths)), dict(rows=case.rows, length=max(lengths), masked=len(set(lengths)) > 1)
+    p = Pass(**(packed if case.packed else padded), grouped=case.fast != "off")
+    fixed = sum(memory_parts(sum(q.numel() for q in model.parameters()), sum(b.trainable for b in blocks), recipe).values())
+    return f"{case.name:<46} {p.tokens:>7,} tokens  {fixed + sum(activation_peak(model.config, blocks, p, case.checkpointing)) / 2**30:8.2f} GiB, {fixed:.2f} of them fixed"
+
+
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -213,7 +225,7 @@ def main():
     asked = parser.parse_args()
     chosen = [c for i, c in enumerate(CASES, 1) if not asked.only or c.name in asked.only or str(i) in asked.only]
     if asked.list or not chosen:
-        print("\n".join(f"{i:>2}  {c}" for i, c in enumerate(CASES, 1)))
+        print("\n".join(f"{i:>2}  {predict(c)}" for i, c in enumerate(CASES, 1)))
         return
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
