@@ -3,6 +3,7 @@
 Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build takes a minute less each.
 """
 import hashlib
+import html
 import os
 import re
 import shutil
@@ -97,13 +98,16 @@ def bring_in_linked_files(copy: Path) -> None:
 
 
 def true_size(staged: Path) -> None:
-    """smalldocs ignores the width that a figure of double resolution carries, and would show it twice as large."""
+    """smalldocs ignores the width that a figure of double resolution carries, and would show it twice as large; nor does it know Quarto's fig-alt."""
     for notebook in staged.rglob("*.ipynb"):
         nb = nbformat.read(notebook, 4)
-        for output in (o for c in nb.cells if c.cell_type == "code" for o in c.outputs):
-            width = output.get("metadata", {}).get("image/png", {}).get("width")
-            if width:
-                output.data = {"text/html": f'<img alt="figure" width="{width}" src="data:image/png;base64,{output.data["image/png"].strip()}">'}
+        for cell in (c for c in nb.cells if c.cell_type == "code"):
+            described = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
+            for output in cell.outputs:
+                width = output.get("metadata", {}).get("image/png", {}).get("width")
+                if width:
+                    alt = html.escape(described[1]) if described else "figure"
+                    output.data = {"text/html": f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{output.data["image/png"].strip()}">'}
         nbformat.write(nb, notebook)
 
 

@@ -25,15 +25,11 @@ from transformers import TrainerCallback
 
 from medmcqa_lora.data import Encoded, sample_tokenizer
 from medmcqa_lora.experts import is_grouped
+from medmcqa_lora.kernels import can_use_varlen, missing_kernels
 from medmcqa_lora.model import TOY, attach_lora, empty_model, load_model
 from medmcqa_lora.plan import Pass, activation_peak, find_blocks, memory_parts
-from medmcqa_lora.recipe import Recipe, check_recipe, recipe_types, shipped
+from medmcqa_lora.recipe import Recipe, check_recipe, shipped
 from medmcqa_lora.training import git_commit, hardware, make_trainer, versions
-
-try:
-    from medmcqa_lora.kernels import missing_kernels
-except ImportError:
-    from medmcqa_lora.model import missing_kernels
 
 THREE = ("attention", "mamba_in", "shared_experts")
 
@@ -86,8 +82,7 @@ def model_config(case: Case, toy: bool) -> dict:
 
 def make_recipe(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> Recipe:
     (folder / "config.json").write_text(json.dumps(model_config(case, toy) | {"architectures": ["NemotronHForCausalLM"]}))
-    random = {"weights": "random", "model": str(folder)} if "weights" in recipe_types() else {"model": "toy-nemotron-h"}
-    return check_recipe(Recipe(**random, dtype="float32" if toy else "bfloat16", lora_r=case.r, lora_r_experts=case.r_experts, lora_targets=list(case.targets), fast=case.fast,
+    return check_recipe(Recipe(model=str(folder), weights="random", dtype="float32" if toy else "bfloat16", lora_r=case.r, lora_r_experts=case.r_experts, lora_targets=list(case.targets), fast=case.fast,
                                per_device_train_batch_size=case.rows, gradient_checkpointing=case.checkpointing, max_steps=steps, save_steps=10 * steps, seed=seed, out=str(folder / "run")))
 
 
@@ -113,7 +108,7 @@ def make_pass(case: Case, lengths: list[int], model, recipe: Recipe) -> Pass:
     half = recipe.dtype != "float32"
     how = dict(half=half, fused=not missing_kernels(), grouped=all(map(is_grouped, experts)))
     if case.packed:
-        return Pass(1, sum(lengths), masked=not (half and torch.cuda.is_available()), examples=len(lengths), longest=max(lengths), **how)
+        return Pass(1, sum(lengths), masked=not (recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)), examples=len(lengths), longest=max(lengths), **how)
     return Pass(case.rows, max(lengths), masked=len(set(lengths)) > 1, **how)
 
 
@@ -157,9 +152,8 @@ def measure(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> dict:
     run.mkdir(exist_ok=True)
     found = dict(parameters=total, trainable=trainable, way=asdict(p), tokens=p.tokens, predicted_gib=predicted / 2**30, fixed_gib=fixed / 2**30,
                  loaded_gib=torch.cuda.memory_allocated() / 2**30 if cuda else None)
-    more = {"packed": True} if case.packed else {}
     try:
-        trainer = make_trainer(tuned, sample_tokenizer(), synthetic(case, lengths, model.config.vocab_size if "weights" in recipe_types() else TOY["vocab_size"], seed), recipe, run, **more)
+        trainer = make_trainer(tuned, sample_tokenizer(), synthetic(case, lengths, model.config.vocab_size, seed), recipe, run, packed=case.packed)
         trainer.add_callback(watch := Watch())
         if cuda:
             torch.cuda.reset_peak_memory_stats()

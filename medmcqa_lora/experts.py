@@ -215,7 +215,9 @@ def use_grouped_experts(model: nn.Module, # a transformers or PEFT model; change
                        ) -> list[str]: # names of the modules that now use `grouped_forward`
     "Compute a model's routed experts by grouped products; what can't be is left as it is."
     chosen = {name: m for name, m in expert_modules(model) if unwrap(m)[0] or not adapted}
-    for m in chosen.values(): m.forward = MethodType(grouped_forward, m)
+    for m in chosen.values():
+        undo_grouped_experts(m)  # of what PEFT has wrapped since
+        m.forward = MethodType(grouped_forward, m)
     return list(chosen)
 
 def undo_grouped_experts(model: nn.Module # changed in place

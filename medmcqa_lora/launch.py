@@ -41,7 +41,7 @@ def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #bc685bf3
+# %% ../nbs/05_launch.ipynb #d2c7bd9e
 def check_recipe_here(recipe: Recipe, # about to be launched
                       training: bool = True # else only scored
                      ) -> None:
@@ -49,9 +49,11 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     from medmcqa_lora import data, model, training as parts
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
-    where = Path(model.resolve_model(recipe.model))
+    where = Path(model.resolve_model(recipe.model, recipe.weights == "pretrained"))
     shapes = model.planned_model(recipe.model) if where.is_dir() or model.is_nano(recipe.model) else None  # else only the hub knows
-    if where.is_dir(): model.load_tokenizer(recipe)
+    if where.is_dir() and recipe.weights == "pretrained": model.check_checkpoint(where, recipe.model)
+    tokenizer = model.load_tokenizer(recipe) if where.is_dir() or recipe.tokenizer else None
+    if shapes and tokenizer: model.check_vocabulary(tokenizer, shapes.config, recipe)
     model.check_kernels(shapes.config.model_type if shapes else "not known yet", recipe)
     if training and shapes: model.lora_config(shapes, recipe)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training

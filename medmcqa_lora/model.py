@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
-           'resolve_model', 'load_tokenizer', 'check_backend', 'device', 'missing_kernels', 'check_kernels',
+           'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
+           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'load_config', 'is_nano', 'randomise',
            'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
-           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'empty_model', 'is_nano',
-           'planned_model', 'adapter_shapes', 'expected_shapes', 'check_adapter', 'load_adapter', 'block_table',
-           'plot_blocks']
+           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
+           'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #e4e0cf23
-import hashlib, importlib.util, json, os, re, shutil, subprocess, sys, tempfile, zipfile
+# %% ../nbs/02_model.ipynb #48deba61
+import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
-from .experts import use_grouped_experts
+from .experts import is_grouped, use_grouped_experts
+from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
 # %% ../nbs/02_model.ipynb #5d165acc
 def cache_dir() -> Path: # made if missing
@@ -122,8 +123,9 @@ def no_bars():
     try: yield
     finally: logging.enable_progress_bar() if shown else None
 
-# %% ../nbs/02_model.ipynb #8b4e1072
-def resolve_model(name: str # folder, hub id or built-in name
+# %% ../nbs/02_model.ipynb #1f2a0a58
+def resolve_model(name: str, # folder, hub id or built-in name
+                  weights: bool = True # whether a folder must have them; else a config.json is enough
                  ) -> str: # folder or hub id, for `from_pretrained`
     "Where a model is; makes built-in ones. Raises `ValueError` for a folder without weights or a path that isn't there."
     if name in BUILTIN:
@@ -134,20 +136,28 @@ def resolve_model(name: str # folder, hub id or built-in name
         if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
         raise ValueError(f"model {name}: no such folder, hub id or built-in{nearest(name, BUILTIN)} (built-in: {', '.join(BUILTIN)})")
     if not (path / "config.json").is_file(): raise ValueError(f"model {path}: has no config.json; give the folder that save_pretrained wrote")
-    if not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
+    if weights and not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
     return str(path)
 
-# %% ../nbs/02_model.ipynb #20b84c7e
+# %% ../nbs/02_model.ipynb #0a7fd467
 def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
                   ) -> object: # a fast tokenizer that pads right
     "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
-    where = recipe.tokenizer or resolve_model(recipe.model)
+    where = recipe.tokenizer or resolve_model(recipe.model, recipe.weights == "pretrained")
+    if where in BUILTIN: where = resolve_model(where)
     try: tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
     except (OSError, ValueError) as e: raise ValueError(f"tokenizer {where}: can't be loaded ({' '.join(str(e).split())[:160]}); set tokenizer to its folder or hub id") from None
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {where}: has no fast version, which gives the target's position; use another")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+# %% ../nbs/02_model.ipynb #22f2bfc2
+def check_vocabulary(tokenizer, config, # the model's configuration
+                     recipe: Recipe) -> None:
+    "Raises `ValueError` if the tokenizer has ids that the model has no embedding for."
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"tokenizer {recipe.tokenizer or recipe.model}: has {len(tokenizer):,} tokens, and {recipe.model} embeds {config.vocab_size:,}; take the model's own")
 
 # %% ../nbs/02_model.ipynb #15feee50
 def check_backend(recipe: Recipe # about to be run
@@ -157,16 +167,72 @@ def check_backend(recipe: Recipe # about to be run
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
 
+# %% ../nbs/02_model.ipynb #2b4c5dbe
+def differences(info: dict # transformers' `loading_info`
+               ) -> list[str]: # a clause a tensor; empty: the checkpoint is what the configuration says
+    "How a checkpoint's tensors differ from the model's, as transformers found when it loaded them."
+    shapes = [f"{name} is {' × '.join(map(str, a))} instead of {' × '.join(map(str, b))}" for name, a, b in info["mismatched_keys"]]
+    return sorted(f"{k} is missing" for k in info["missing_keys"]) + sorted(shapes) + sorted(f"{k} has no place in the model" for k in info["unexpected_keys"])
+
+def refuse_differences(name: str, # of the model, as a recipe names it
+                       found: list[str] # from `differences`
+                      ) -> None:
+    "Raises `ValueError` naming the first three tensors, if there are any."
+    if found: raise ValueError(f"model {name}: weights and config.json disagree ({len(found)} in all): {', '.join(found[:3])}; copy the whole model again, or its own config.json")
+
+# %% ../nbs/02_model.ipynb #d9aa272a
+def checkpoint_shapes(folder: Path # of a model
+                     ) -> dict[str, torch.Tensor]: # tensor's name -> a tensor of its shape, without memory
+    "What a model folder's files hold; raises `ValueError` for a file that is missing or not whole."
+    from safetensors import SafetensorError, safe_open
+    index, found, file = folder / "model.safetensors.index.json", {}, folder / "model.safetensors"
+    try:
+        shards = {"model.safetensors"} if file.is_file() or not index.is_file() else set(json.loads(index.read_text())["weight_map"].values())
+        for file in sorted(folder / s for s in shards):
+            with safe_open(file, "pt") as f: found |= {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    except (OSError, SafetensorError) as e: raise ValueError(f"model {file}: missing, or not a whole safetensors file ({' '.join(str(e).split())[:120]}); copy it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"model {index}: not an index of shards; copy it again") from None
+    return found
+
+# %% ../nbs/02_model.ipynb #7bae24b1
+def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
+               ) -> nn.Module: # on the meta device: shapes, no memory
+    "The model's structure without its weights."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+    except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
+        raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
+
+# %% ../nbs/02_model.ipynb #9ddfb330
+def check_checkpoint(folder: Path, # of a model
+                     name: str = "" # what to call it; empty: the folder
+                    ) -> None:
+    "Raises `ValueError`, naming the first three tensors, if a model folder's tensors aren't those of its config.json; reads headers alone."
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.utils import logging
+    found, model, said = checkpoint_shapes(folder), empty_model(str(folder)), logging.get_verbosity()
+    logging.set_verbosity_error()  # its own report fills pages
+    try:
+        with no_bars(): _, info = type(model).from_pretrained(None, config=model.config, state_dict=dict(found), device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    except RuntimeError:  # experts of different shapes can't be stacked to one tensor, and it doesn't say which
+        want = revert_weight_conversion(model, model.state_dict())
+        info = dict(missing_keys=want.keys() - found.keys(), unexpected_keys=found.keys() - want.keys(), mismatched_keys={(k, found[k].shape, want[k].shape) for k in want.keys() & found.keys() if found[k].shape != want[k].shape})
+    finally: logging.set_verbosity(said)
+    refuse_differences(name or str(folder), differences(info))
+
 # %% ../nbs/02_model.ipynb #5fc8042e
 def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-# %% ../nbs/02_model.ipynb #f10edee7
+# %% ../nbs/02_model.ipynb #64c147b7
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation).to(device())
+    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation, output_loading_info=True, ignore_mismatched_sizes=True)
+    refuse_differences(recipe.model, differences(info))
+    return model.to(device())
 
 # %% ../nbs/02_model.ipynb #8b8c381b
 def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
@@ -175,31 +241,53 @@ def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
                                                  max_seq_length=recipe.max_length, trust_remote_code=False)
     return model
 
-# %% ../nbs/02_model.ipynb #8de93686
-def missing_kernels() -> list[str]: # packages
-    "Packages of fused Mamba kernels that can't be imported here."
-    if not torch.cuda.is_available(): return ["a GPU"]
-    return [p for p in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(p) is None]
+# %% ../nbs/02_model.ipynb #3ff1a5cc
+def load_config(name: str # a recipe's model
+               ) -> object: # a configuration of transformers
+    "A model's configuration: its own, or for the 30B model the shipped one."
+    from transformers import AutoConfig
+    if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
+    return AutoConfig.from_pretrained(resolve_model(name, weights=False))
 
-# %% ../nbs/02_model.ipynb #43234afc
-def check_kernels(model_type: str, # from the model's configuration
-                  recipe: Recipe) -> str: # a line for the log
-    "Say which Mamba path will run; raises `ValueError` where the recipe requires the fused one and it is missing."
-    if model_type != "nemotron_h" or recipe.fast == "off": return f"{model_type}: no Mamba kernels looked for"
-    missing = missing_kernels()
-    if missing and recipe.fast == "require":
-        raise ValueError(f"fast = require: {' and '.join(missing)} missing, and without the fused kernels a step takes about 20 times longer; pip install -e '.[gpu]', or -p fast auto")
-    return f"fused Mamba kernels: {'missing ' + ', '.join(missing) + ' (slow path)' if missing else 'in use'}"
+def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
+    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
+    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
-# %% ../nbs/02_model.ipynb #9fd2ea43
+# %% ../nbs/02_model.ipynb #7b9c9efa
+@torch.no_grad()
+def randomise(model: nn.Module, # on its device; changed in place
+              seed: int # of the weights
+             ) -> None:
+    "Random weights that keep activations, and the load of experts, even; biases of convolutions are random, too."
+    generator, config = torch.Generator(next(model.parameters()).device).manual_seed(seed), model.config
+    for name, p in model.named_parameters():
+        writes = name.rsplit(".", 2)[-2] in ("out_proj", "o_proj", "down_proj") or name.endswith("experts.down_proj")
+        if name.endswith("conv1d.bias"): p.normal_(0, 0.1, generator=generator)
+        elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
+        elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
+
+def _make_random(recipe: Recipe) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    config = load_config(recipe.model)
+    dtype = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    with torch.device(device()), torch.random.fork_rng(): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    randomise(model, recipe.seed)
+    model.config._name_or_path = recipe.model
+    return model
+
+# %% ../nbs/02_model.ipynb #7618664f
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
-    where = resolve_model(recipe.model)
-    try: model = (_load_unsloth if recipe.backend == "unsloth" else _load_hf)(where, recipe)
+    find_mamba_kernels()
+    where = resolve_model(recipe.model, recipe.weights == "pretrained")
+    if Path(where).is_dir() and recipe.weights == "pretrained": check_checkpoint(Path(where), recipe.model)  # of a hub id, what was loaded is compared
+    try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe)
+    if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
+    if recipe.backend == "hf" and recipe.fast != "off": use_grouped_experts(model)
     return model.eval()
 
 # %% ../nbs/02_model.ipynb #78e61890
@@ -291,7 +379,7 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #ebe2401a
+# %% ../nbs/02_model.ipynb #e169be1a
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
@@ -299,7 +387,7 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
-    use_grouped_experts(tuned, adapted=True)
+    if recipe.fast != "off": use_grouped_experts(tuned)
     return tuned
 
 # %% ../nbs/02_model.ipynb #2cf92498
@@ -342,29 +430,13 @@ def save_adapter(model: nn.Module, # a PEFT model
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #7bae24b1
-def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
-               ) -> nn.Module: # on the meta device: shapes, no memory
-    "The model's structure without its weights."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    try:
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
-    except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
-        raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
-
-# %% ../nbs/02_model.ipynb #b7a3949c
-def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
-    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
-    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
-
+# %% ../nbs/02_model.ipynb #1093aa59
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model, from the shipped configuration where its files are not here."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    known = shipped("assets/nemotron_nano_config.json")
-    if is_nano(name):
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(known.read_text())))
-    return empty_model(resolve_model(name))
+    from transformers import AutoModelForCausalLM
+    if not is_nano(name): return empty_model(resolve_model(name, weights=False))
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name))
 
 # %% ../nbs/02_model.ipynb #41963df5
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape
@@ -377,42 +449,48 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #7d96e037
-def expected_shapes(folder: Path, # an adapter/ folder
+# %% ../nbs/02_model.ipynb #8074fd0a
+def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
-                   ) -> tuple[dict[str, tuple[int, ...]], str]: # tensor's name -> shape; the base that the adapter names
-    "The tensors that PEFT would look for, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+                   ) -> nn.Module: # a PEFT model on the meta device
+    "The adapted model's structure, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
+    from peft import PeftConfig, get_peft_model
     base = planned_model(model_name)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        tuned = get_peft_model(base, config)
+        made_for, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would replace it, with a warning
+        with warnings.catch_warnings(action="ignore"): tuned = get_peft_model(base, config)
     except Exception as e:  # no such peft_type, targets that the base lacks, not JSON
-        raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model") from None
-    return {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned).items()}, config.base_model_name_or_path
+        raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model, or --base of merge") from None
+    config.base_model_name_or_path = made_for
+    return tuned
 
 def check_adapter(folder: Path, # an adapter/ folder
                   model_name: str # the base model, as a recipe names it
-                 ) -> None:
-    "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first that doesn't."
-    found, (expected, made_for) = adapter_shapes(folder), expected_shapes(folder, model_name)
-    for name, shape in found.items():
-        if expected.get(name) != shape:
-            raise ValueError(f"adapter {folder}: made for another base ({made_for}): {name} {shape} does not fit {model_name}; give the base it was made for with -p model")
-    if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]}); copy it again")
+                 ) -> nn.Module: # the adapted model's structure, on the meta device
+    "Raises `ValueError` if the adapter's tensors don't fit the base model, naming the first three that don't."
+    from peft import get_peft_model_state_dict
+    found, tuned = adapter_shapes(folder), planned_adapter(folder, model_name)
+    expected, made_for = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}, tuned.peft_config["default"].base_model_name_or_path
+    if wrong := [f"{name} {shape}" for name, shape in found.items() if expected.get(name) != shape]:
+        raise ValueError(f"adapter {folder}: made for another base ({made_for}) or other targets: its file does not fit {model_name} in {len(wrong)} of {len(found)} tensors "
+                         f"(first: {', '.join(wrong[:3])}); give the base it was made for with -p model, or --base of merge")
+    if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
+    return tuned
 
-# %% ../nbs/02_model.ipynb #7cca6134
+# %% ../nbs/02_model.ipynb #c924fbfa
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
     "Put a saved adapter on its base model."
     from peft import PeftModel
+    fast = any(map(is_grouped, model.modules()))
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
-    use_grouped_experts(tuned, adapted=True)
+    if fast: use_grouped_experts(tuned)
     return tuned
 
-# %% ../nbs/02_model.ipynb #7ef7a125
-KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple"}
+# %% ../nbs/02_model.ipynb #625d5cc0
+KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple", "attention + mlp": "tab:cyan"}
 
-# %% ../nbs/02_model.ipynb #44a3b1cd
+# %% ../nbs/02_model.ipynb #75059f2b
 def block_table(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe) -> pd.DataFrame: # block, kind, parameters, trainable
     "Each block's parameters and what LoRA would train in it, counted from the shapes."
@@ -420,20 +498,22 @@ def block_table(model: nn.Module, # without LoRA; may live on the meta device
     chosen = select(list_matrices(model), recipe.lora_targets)
     parameters, kinds, trainable = Counter(), {}, Counter()
     for name, p in model.named_parameters():
-        if found := layer.search(name): parameters[int(found[1])] += p.numel(); kinds.setdefault(int(found[1]), block_kind(name, model.config))
+        if found := layer.search(name): parameters[int(found[1])] += p.numel(); kinds.setdefault(int(found[1]), set()).add(block_kind(name, model.config))
     for m in chosen:
         rank = recipe.lora_r_experts if m.fused and recipe.lora_r_experts else recipe.lora_r
         trainable[int(layer.search(m.name)[1])] += rank * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
-    return pd.DataFrame([dict(block=i, kind=kinds[i], parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
+    return pd.DataFrame([dict(block=i, kind=" + ".join(sorted(kinds[i] - {"other"})) or "other", parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
 
-# %% ../nbs/02_model.ipynb #4beb2dbf
+# %% ../nbs/02_model.ipynb #57d1593f
 def plot_blocks(table: pd.DataFrame # from `block_table`
                ) -> Figure: # a strip of blocks: parameters above, trainable ones below
     "The model's blocks by kind, and what LoRA touches in each."
     fig, axes = plt.subplots(2, 1, figsize=(11, 4.2), sharex=True, layout="constrained")
     for ax, column, label in zip(axes, ("parameters", "trainable"), ("parameters", "LoRA's, trainable")):
         for kind, rows in table.groupby("kind"): ax.bar(rows.block, rows[column], color=KIND_COLOURS.get(kind, "grey"), label=f"{kind} ({len(rows)})")
-        ax.set(ylabel=label, yscale="log" if table[column].max() > 0 else "linear")
+        reached = table[column][table[column] > 0]
+        if len(reached) and reached.max() > 30 * reached.min(): ax.set(yscale="log", ylim=(10 ** math.floor(math.log10(reached.min() / 2)), None))
+        ax.set(ylabel=label)
     axes[0].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1)); axes[1].set(xlabel=f"block; LoRA reaches {(table.trainable > 0).sum()} of {len(table)}")
     plt.close(fig)
     return fig

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'UP', 'DOWN', 'LOSS_CHUNK', 'RESERVE', 'question_lengths', 'epoch_tokens', 'micro_batch_tokens',
-           'memory_parts', 'Pass', 'lora_kept', 'attention_kept', 'mlp_kept', 'routed_kept', 'mamba_sizes',
+           'memory_parts', 'Pass', 'lora_kept', 'head_size', 'attention_kept', 'mlp_kept', 'routed_kept', 'mamba_sizes',
            'mamba_kept', 'Block', 'apart', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary',
-           'routed_temporary', 'block_temporary', 'activation_peak', 'measured_rows', 'measured_pass', 'plan_pass',
-           'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement', 'plan_time', 'kinds_table', 'show_table',
-           'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
+           'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass',
+           'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement', 'count_steps', 'plan_time',
+           'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
 
-# %% ../nbs/02d_plan.ipynb #172da61d
-import json, math, re, warnings
+# %% ../nbs/02d_plan.ipynb #1c7c02ae
+import bisect, json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
@@ -89,13 +89,18 @@ def lora_kept(p: Pass, ranks: dict[str, int], # target -> rank, of one block
     if p.half: return sum(2 * (size + r) for r in mine)
     return 4 * sum(mine) + (4 * size if mine and not shared else 0)
 
-# %% ../nbs/02d_plan.ipynb #6ace9533
+# %% ../nbs/02d_plan.ipynb #79102de2
+def head_size(c # the model's configuration
+             ) -> int:
+    "Numbers in an attention head."
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+# %% ../nbs/02d_plan.ipynb #23b84dac
 def attention_kept(c, # the model's configuration
                    p: Pass, ranks: dict[str, int] # target -> rank, of this block
                   ) -> dict[str, float]: # what -> bytes a token
     "What an attention layer keeps."
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries, keys = c.num_attention_heads * size, (c.num_attention_heads if p.masked else c.num_key_value_heads) * size
+    queries, keys = (n * head_size(c) for n in (c.num_attention_heads, c.num_attention_heads if p.masked else c.num_key_value_heads))
     return {"queries and result": 2 * p.width * queries, "keys and values": 2 * p.width * keys, "normaliser": 4 * c.num_attention_heads,
             "mask": p.width * p.length * p.masked,
             "LoRA": lora_kept(p, ranks, ("q_proj", "k_proj", "v_proj"), c.hidden_size) + lora_kept(p, ranks, ("o_proj",), queries, shared=True)}
@@ -218,20 +223,25 @@ def routed_temporary(c, # the model's configuration
     if p.grouped: return slots * (width + (3 if adapted else 2) * size)
     return slots * 3 * size + adapted * 2 * p.width * c.n_routed_experts * width * size / p.tokens
 
-# %% ../nbs/02d_plan.ipynb #ec1e38ff
+# %% ../nbs/02d_plan.ipynb #2ba5d06e
 def block_temporary(c, # the model's configuration
                     block: Block, p: Pass) -> float: # bytes a token
     "What a block's backward pass needs at its largest, besides what is kept."
-    heads = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     if block.kind == "mamba": return mamba_temporary(c, apart(p)) * apart(p).tokens / p.tokens
     if block.kind == "moe":
         done = sum(v for k, v in block_kept(c, block, p).items() if k.startswith("shared"))
         return routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done
-    return {"attention": heads, "mlp": c.intermediate_size, "decoder": max(heads, c.intermediate_size)}[block.kind] * (6 if p.half else 4)
+    return (6 if p.half else 4) * max(c.num_attention_heads * head_size(c) * (block.kind != "mlp"), c.intermediate_size * (block.kind != "attention"))
 
-# %% ../nbs/02d_plan.ipynb #437b12f8
+# %% ../nbs/02d_plan.ipynb #88d4774e
 LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE`
 
+def loss_bytes(c, # the model's configuration
+               p: Pass) -> int: # of the largest chunk
+    "What TRL's chunked loss holds at once."
+    return 4 * 4 * min(LOSS_CHUNK, p.tokens) * c.vocab_size
+
+# %% ../nbs/02d_plan.ipynb #7d2ce750
 def activation_peak(c, # the model's configuration
                     blocks: list[Block], p: Pass, checkpointing: bool,
                     logits: float | None = None, # bytes of the loss; none: TRL's chunks
@@ -246,9 +256,8 @@ def activation_peak(c, # the model's configuration
     kept = np.cumsum([stream] * len(pairs) if checkpointing else [k for k, _ in pairs])
     moments = [0, kept[-1] + norm + 4 * norm - missing[-1]]  # the optimizer's step; the last norm's backward pass, in float32
     moments += [(kept[-1] + 3 * stream + max(own + extra, 5 * norm) if checkpointing else k + 2 * stream + extra) - m for k, (own, extra), m in zip(kept, pairs, missing)]
-    logits = 4 * 4 * min(LOSS_CHUNK, p.tokens) * c.vocab_size if logits is None else logits
-    peak = p.tokens * max(moments)
-    return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream - missing[-1]) + logits - peak)
+    peak, loss = p.tokens * max(moments), loss_bytes(c, p) if logits is None else logits
+    return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream - missing[-1]) + loss - peak)
 
 # %% ../nbs/02d_plan.ipynb #52ce87ab
 def measured_rows() -> pd.DataFrame: # a row a measurement
@@ -285,7 +294,7 @@ def plan_memory(c, # the model's configuration
     def peak(checkpointing): return activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1) if known else (math.nan, math.nan)
     return pd.DataFrame({ck: parts | dict(zip(("activations", "logits, beyond that"), (v / 2**30 for v in peak(ck)))) for ck in (False, True)})
 
-# %% ../nbs/02d_plan.ipynb #941f9c29
+# %% ../nbs/02d_plan.ipynb #b61c7539
 RESERVE = 1.05  # of what is predicted
 
 def largest_batch(c, # the model's configuration
@@ -294,14 +303,10 @@ def largest_batch(c, # the model's configuration
                   gpu_memory: float, # GiB
                   checkpointing: bool) -> int: # examples; 0 if not even one fits
     "The largest per_device_train_batch_size, up to 1,024, that fits into a GPU."
-    def fits(batch):
+    def needs(batch):
         p = plan_pass(replace(recipe, per_device_train_batch_size=batch), will_pack(recipe))
-        return (sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30) * RESERVE <= gpu_memory
-    low, high = 0, 1025
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        return sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30
+    return bisect.bisect(range(1, 1025), gpu_memory / RESERVE, key=needs)
 
 # %% ../nbs/02d_plan.ipynb #e0170444
 def nearest_measurement(total: int, # the model's parameters
@@ -316,7 +321,14 @@ def nearest_measurement(total: int, # the model's parameters
     distance = other + np.abs(np.log(rows["rows"] * rows.length / tokens))
     return rows.loc[distance.idxmin()], bool(distance.min() < 0.2)
 
-# %% ../nbs/02d_plan.ipynb #570159c1
+# %% ../nbs/02d_plan.ipynb #3e4ad8c6
+def count_steps(recipe: Recipe, rows: int, # an epoch's examples; 0: not known
+                gpus: int) -> int: # optimizer steps of a run; 0: not known
+    "How many steps a run has."
+    if recipe.max_steps > 0: return recipe.max_steps
+    return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * gpus) * recipe.num_train_epochs)
+
+# %% ../nbs/02d_plan.ipynb #ec1171f7
 def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: not known
               gpus: int) -> str: # lines
     "How long a run takes, from the nearest measurement."
@@ -325,9 +337,8 @@ def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: n
     row, own = found
     count = row["rows"] * row.length
     seconds = max(tokens, count) / row.tokens_per_s  # of a micro-batch
-    accumulate = recipe.gradient_accumulation_steps
-    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(rows / (recipe.per_device_train_batch_size * accumulate * gpus) * recipe.num_train_epochs)
-    hours = f", so {steps * accumulate * seconds / 3600:.1f} h for {steps:,} steps" if steps else ""
+    steps = count_steps(recipe, rows, gpus)
+    hours = f", so {steps * recipe.gradient_accumulation_steps * seconds / 3600:.1f} h for {steps:,} steps" if steps else ""
     code = {"kernels": "transformers' experts", "experts": "grouped experts"}[row.way]
     return (f"Time: {'measured' if own else 'estimated'} {seconds:.2f} s a micro-batch{hours}{', GPUs not waiting for each other' * (gpus > 1)}\n  from {row.tokens_per_s:,} tokens/s measured on one {row.gpu}: {row['rows']} × {row.length:,} tokens, "
             f"checkpointing {'on' if row.gradient_checkpointing else 'off'}, {code}, {row.weights} weights\n  ({row.date}, commit {row.commit or 'not recorded'}, {row.source})")
@@ -363,14 +374,13 @@ def show_memory(memory: pd.DataFrame, # from `plan_memory`
     return "\n".join([line("GiB in each GPU; activations are", heads), *parts, line("sum", sums), *(line(k, v) for k, v in fits.items()),
                       f"  * gradient_checkpointing = {str(recipe.gradient_checkpointing).lower()} in the recipe"])
 
-# %% ../nbs/02d_plan.ipynb #b7fca28f
+# %% ../nbs/02d_plan.ipynb #2495c8c7
 def plan_data(recipe: Recipe, rows: int, tokens: int, # from `epoch_tokens`
               gpus: int) -> str: # two lines
     "What an epoch and a micro-batch are, as text."
     source, batch, packed = json.loads(shipped("assets/lengths.json").read_text()), recipe.per_device_train_batch_size, will_pack(recipe)
     usual, largest = micro_batch_tokens(recipe, packed)
-    per_step = batch * recipe.gradient_accumulation_steps * gpus
-    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(rows / per_step * recipe.num_train_epochs)
+    per_step, steps = batch * recipe.gradient_accumulation_steps * gpus, count_steps(recipe, rows, gpus)
     letters = "with their letter" if recipe.target == "letter" else f"with a letter alone (target {recipe.target} is longer)"
     known = f"{rows:,} rows and about {tokens:,} tokens an epoch; {steps:,} steps of {per_step} examples on {gpus} process{'es'[:2 * (gpus > 1)]}" if rows else \
             f"the number of rows of {recipe.data} is not known without the hub"

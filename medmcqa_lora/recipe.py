@@ -23,7 +23,8 @@ class ModelKeys:
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # type of the frozen weights; auto: as stored
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # transformers' name
     backend: Literal["hf", "unsloth"] = "hf"  # who loads the model and attaches LoRA
-    fast: Literal["auto", "off", "require"] = "auto"  # fused Mamba kernels: say which run, don't look, or stop without them
+    weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
+    fast: Literal["auto", "off", "require"] = "auto"  # fused kernels, grouped experts, variable-length attention: what there is, nothing of our own, or stop without the kernels
 
 # %% ../nbs/00_recipe.ipynb #aa22e649
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class DataKeys:
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written
     target: Literal["letter", "letter_and_text", "explanation_then_letter"] = "letter"  # what the model is to answer
     max_length: int = 512  # tokens; a longer training example is left out and counted
-    packing: Literal["auto", "on", "off"] = "auto"  # several examples in one row; auto: only where kept apart
+    packing: Literal["auto", "on", "off"] = "auto"  # a micro-batch's examples in one row, without padding; auto: where they are kept apart
 
 # %% ../nbs/00_recipe.ipynb #3ef3012c
 @dataclass(kw_only=True)
@@ -150,7 +151,8 @@ RULES = (  # key, holds, what to do
     ("early_stopping_patience", lambda r: r.early_stopping_patience is None or r.eval_steps, "needs eval_steps"),
     ("early_stopping_patience", lambda r: not (r.early_stopping_patience and r.eval_steps) or r.save_steps % r.eval_steps == 0,
      "keeps the best checkpoint, so save_steps must be a multiple of eval_steps"),
-    ("packing", lambda r: r.packing != "on", "on is refused: packed examples can't be kept apart yet; use auto or off"),
+    ("packing", lambda r: r.packing != "on" or r.backend != "unsloth", "on is refused with backend unsloth, whose kernels are not known to keep packed examples apart; use auto or off"),
+    ("weights", lambda r: r.weights != "random" or r.backend != "unsloth", "random needs backend hf: unsloth reads its weights from files"),
     ("lora_r_experts", lambda r: r.backend != "unsloth" or not r.lora_r_experts, "is not passed on by unsloth; leave it out, or use backend hf"),
     ("dtype", lambda r: r.backend != "unsloth" or r.dtype != "float32", "float32 is not what unsloth trains in; use bfloat16"),
 )

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
-           'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'make_trainer', 'last_checkpoint',
-           'restore_finished', 'training_seconds', 'train', 'recipe_target', 'plot_loss', 'LiveCurve', 'versions',
-           'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
+           'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'pack_training', 'make_trainer',
+           'last_checkpoint', 'restore_finished', 'training_seconds', 'train', 'recipe_target', 'plot_loss',
+           'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #6c79deec
+# %% ../nbs/03_training.ipynb #2bcf677a
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from .recipe import Recipe, nearest
 from .data import Encoded
 from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .kernels import packing_collator
 from .model import save_adapter
 
 # %% ../nbs/03_training.ipynb #9b8890aa
@@ -127,11 +128,23 @@ def tensorboard_writer(run: Path # the run's folder
     from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(run / "tensorboard"))
 
+# %% ../nbs/03_training.ipynb #4330cff3
+def pack_training(trainer # a `trl.SFTTrainer`; changed in place
+                 ) -> None:
+    "Pack the trainer's training batches."
+    make = trainer.get_train_dataloader
+    def packed_loader():
+        padded, trainer.data_collator = trainer.data_collator, packing_collator()
+        try: return make()
+        finally: trainer.data_collator = padded
+    trainer.get_train_dataloader = packed_loader
+
 # %% ../nbs/03_training.ipynb #d1851772
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
-                 evaluation: Encoded | None = None # examples whose loss is taken every eval_steps
+                 evaluation: Encoded | None = None, # examples whose loss is taken every eval_steps
+                 packed: bool = False # from `choose_packing`: a micro-batch's examples in one row
                 ) -> object: # a `trl.SFTTrainer`
     "TRL's trainer for a recipe."
     from trl import SFTTrainer
@@ -139,6 +152,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
                          eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
+    if packed: pack_training(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 

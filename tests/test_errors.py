@@ -74,10 +74,14 @@ RECIPES = {  # words after the command: what the message must hold
     ("-p", "lora_r"): ["lora_r", "-p KEY VALUE"],
     ("-p", "lora_r", "0", "-p", "seed", "-1", "-p", "lora_dropout", "2"): ["lora_r = 0", "seed = -1", "lora_dropout"],
     ("-p", "learning_rate", "nan"): ["learning_rate", "finite"],
-    ("-p", "packing", "on"): ["packing", "kept apart"],
+    ("-p", "packing", "on", "-p", "backend", "unsloth", "-p", "dtype", "bfloat16"): ["packing", "unsloth"],
     ("-p", "target", "word"): ["target", "one of letter"],
     ("--recipe", "toy", "-p", "model", "smollm"): ["model smollm", "built-in"],
     ("--recipe", "toy", "-p", "lora_targets", "q_proj,out_proj"): ["out_proj", "bypass"],
+    ("--recipe", "toy", "-p", "lora_targets", "attention,mamba_out"): ["mamba_out is refused", "bypass"],
+    ("--recipe", "toy", "-p", "lora_targets", "attention,router"): ["router is refused", "unbalance the experts"],
+    ("--recipe", "toy", "-p", "lora_targets", "atention"): ["lora_targets: atention matches nothing", "did you mean attention?"],
+    ("--recipe", "toy", "-p", "lora_r", "-4", "-p", "lora_r_experts", "0"): ["lora_r = -4 must be above 0", "lora_r_experts = 0 must be above 0"],
     ("--recipe", "toy", "-p", "report_to", "tensorbord"): ["report_to", "did you mean tensorboard?"],
     ("--recipe", "toy", "-p", "report_to", "comet_ml"): ["comet_ml is not installed", "pip install comet_ml"],
     ("--recipe", "toy", "--nproc-per-node", "0"): ["--nproc-per-node 0", "at least 1"],
@@ -167,7 +171,7 @@ def test_adapters(cli, tmp_path, smollm2):
     recipe = load_recipe("toy")
     adapter = save_adapter(attach_lora(load_model(recipe), recipe), tmp_path / "adapter")
     out = tmp_path / "scores"
-    check_one_line(cli("evaluate", "--recipe", "demo", "--adapter", adapter, "--out", out), "adapter", "another base", "-p model")
+    check_one_line(cli("evaluate", "--recipe", "demo", "--adapter", adapter, "--out", out), "adapter", "another base", "toy-nemotron-h", "-p model")
     check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", tmp_path / "none", "--out", out), "none", "adapter_config.json")
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -183,6 +187,99 @@ def test_adapters(cli, tmp_path, smollm2):
     config.write_text(whole)
     file.write_bytes(file.read_bytes()[:500])
     check_one_line(cli("evaluate", "--recipe", "toy", "--adapter", adapter, "--out", out), "not a whole safetensors file")
+    assert not out.exists()
+
+
+def dense(folder):
+    """A Nemotron-H without experts, random weights, and the toy's tokenizer."""
+    import torch
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    from medmcqa_lora.model import TOY, load_tokenizer
+    from medmcqa_lora.recipe import load_recipe
+
+    with torch.random.fork_rng():
+        NemotronHForCausalLM(NemotronHConfig(**TOY | {"hybrid_override_pattern": "M-M*-"})).save_pretrained(folder)
+    load_tokenizer(load_recipe("toy")).save_pretrained(folder)
+    return folder
+
+
+def test_a_group_that_the_model_lacks(cli, tmp_path, smollm2):
+    out = tmp_path / "run"
+    check_one_line(cli("train", "--recipe", "toy", "-p", "model", dense(tmp_path / "dense"), "-p", "lora_targets", "attention,routed_experts", "--out", out),
+                   "lora_targets: routed_experts matches nothing in this model", "attention, mamba_in, mlp")
+    check_one_line(cli("train", "--recipe", "demo", "-p", "lora_targets", "mamba_in", "--out", out), "mamba_in matches nothing in this model", "attention, mlp")
+    check_one_line(cli("plan", "--recipe", "demo", "-p", "lora_targets", "shared_experts"), "shared_experts matches nothing in this model")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("targets", ["routed_experts", "shared_experts", "attention,shared_experts"])
+def test_an_adapter_made_for_other_targets(targets, cli, tmp_path, recwarn):
+    """PEFT itself says nothing when some of an adapter's targets are there and others are not."""
+    from medmcqa_lora.model import attach_lora, load_model, save_adapter
+    from medmcqa_lora.recipe import load_recipe
+
+    recipe = load_recipe("toy", {"lora_targets": targets})
+    adapter = save_adapter(attach_lora(load_model(recipe), recipe), tmp_path / "adapter")
+    model = dense(tmp_path / "dense")
+    recwarn.clear()
+    check_one_line(cli("evaluate", "--recipe", "toy", "--model", model, "--adapter", adapter, "--out", tmp_path / "scores"), f"adapter {adapter}", "give the base it was made for")
+    assert not recwarn.list  # a warning would be another line on stderr
+    assert not (tmp_path / "scores").exists()
+
+
+EXPERT = "backbone.layers.1.mixer.experts.{}.up_proj.weight"
+CHECKPOINTS = {  # what is done to the toy's tensors: what the message must hold
+    "missing": (lambda t: [t.pop(f"backbone.layers.3.mixer.{x}_proj.weight") for x in "qkvo"], ["4 in all", *(f"model.layers.3.mixer.{x}_proj.weight is missing" for x in "koq")]),
+    "of another shape": (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:9].clone()}), ["lm_head.weight is 9 × 64 instead of 1024 × 64"]),
+    "too many": (lambda t: t.update({"backbone.layers.6.norm.weight": t["backbone.layers.0.norm.weight"].clone()}), ["model.layers.6.norm.weight has no place in the model"]),
+    "an expert is missing": (lambda t: t.pop(EXPERT.format(3)), ["mixer.experts.up_proj is 7 × 48 × 64 instead of 8 × 48 × 64"]),
+    "an expert of another shape": (lambda t: t.update({EXPERT.format(3): t[EXPERT.format(3)][:5].clone()}), [f"{EXPERT.format(3)} is 5 × 64 instead of 48 × 64"]),
+    "of another model": (lambda t: [t.update({f"x.{k}": t.pop(k)}) for k in list(t)], ["86 in all", "lm_head.weight is missing"]),
+}
+
+
+@pytest.mark.parametrize("change", CHECKPOINTS)
+def test_checkpoints(change, cli, tmp_path):
+    """transformers would fill what is missing with random numbers, and train on."""
+    from safetensors.torch import load_file, save_file
+
+    from medmcqa_lora.model import _load_hf, load_model, resolve_model
+    from medmcqa_lora.recipe import load_recipe
+
+    (spoil, expected), model, out = CHECKPOINTS[change], tmp_path / "model", tmp_path / "run"
+    shutil.copytree(resolve_model("toy-nemotron-h"), model)
+    spoil(tensors := load_file(model / "model.safetensors"))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    check_one_line(cli("train", "--recipe", "toy", "-p", "model", model, "--out", out), f"model {model}", "weights and config.json disagree", *expected)
+    check_one_line(cli("evaluate", "--recipe", "toy", "--model", model, "--out", out), *expected)
+    with pytest.raises(ValueError, match="weights and config.json disagree"):  # in a notebook, too
+        load_model(recipe := load_recipe("toy", {"model": str(model)}))
+    if change != "an expert of another shape":  # which transformers itself refuses
+        with pytest.raises(ValueError, match="weights and config.json disagree"):  # from a hub, whose files are known only when they are loaded
+            _load_hf(str(model), recipe)
+    assert not out.exists()
+
+
+def test_checkpoints_in_shards(cli, tmp_path):
+    from medmcqa_lora.model import check_checkpoint, load_model, load_tokenizer
+    from medmcqa_lora.recipe import load_recipe
+
+    recipe, model, out = load_recipe("toy"), tmp_path / "model", tmp_path / "run"
+    load_model(recipe).save_pretrained(model, max_shard_size="200KB")
+    load_tokenizer(recipe).save_pretrained(model)
+    check_checkpoint(model)
+    shard, index = sorted(model.glob("*.safetensors"))[1], model / "model.safetensors.index.json"
+    whole = shard.read_bytes()
+    train = ("train", "--recipe", "toy", "-p", "model", model, "--out", out)
+    shard.write_bytes(whole[:-9])
+    check_one_line(cli(*train), shard.name, "not a whole safetensors file")
+    shard.unlink()
+    check_one_line(cli(*train), shard.name, "missing")
+    shard.write_bytes(whole)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 3}}'):
+        index.write_text(text)
+        check_one_line(cli(*train), index.name, "not an index of shards")
     assert not out.exists()
 
 

@@ -1,6 +1,7 @@
 """LoRA on routed experts by grouped products, beside PEFT's own way: same numbers, same files, in every situation."""
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def one_thread():
 
 def recipe(*targets, r=4, **settings):
     return Recipe(model="toy-nemotron-h", lora_targets=list(targets or (UP, DOWN)), lora_r=4, lora_r_experts=r, **settings)
+
+
+def base(chosen=None):
+    """The model as transformers computes it."""
+    return load_model(replace(chosen or recipe(), fast="off"))
 
 
 def fill(model, std=0.05):
@@ -296,18 +302,17 @@ def test_files_both_ways(tmp_path: Path):
     folders = {name: save_adapter(m, tmp_path / name) for name, m in (("theirs", theirs), ("ours", ours))}
     assert (folders["theirs"] / "adapter_model.safetensors").read_bytes() == (folders["ours"] / "adapter_model.safetensors").read_bytes()
     want = logits(theirs, ids())
-    by_peft = PeftModel.from_pretrained(load_model(recipe()), str(folders["ours"]))
+    by_peft = PeftModel.from_pretrained(base(), str(folders["ours"]))
     by_us = load_adapter(load_model(recipe()), folders["theirs"])
     assert any(is_grouped(m) for m in by_us.modules()) and not any(is_grouped(m) for m in by_peft.modules())
     assert torch.equal(logits(by_peft, ids()), want)
     assert difference(logits(by_us, ids()), want) < 1e-5
-    config = lora_config(load_model(recipe(r=5)), recipe(r=5))
+    config = lora_config(base(), recipe(r=5))
     assert set(config.rank_pattern.values()) == {5}  # the experts' own rank
 
 
 def test_merge_unmerge_and_switching_off():
-    base = load_model(recipe())
-    plain, (_, ours) = logits(base, ids()), both(recipe())
+    plain, (_, ours) = logits(base(), ids()), both(recipe())
     adapted = logits(ours, ids())
     assert difference(adapted, plain) > 1e-3
     with ours.disable_adapter():
@@ -327,7 +332,7 @@ def test_merge_unmerge_and_switching_off():
 
 def test_several_adapters():
     theirs, ours = both(recipe(r=3))
-    config = lora_config(load_model(recipe(r=6)), recipe(r=6))
+    config = lora_config(base(), recipe(r=6))
     for m in (theirs, ours):
         torch.manual_seed(2)
         m.add_adapter("second", config)
@@ -343,7 +348,7 @@ def test_several_adapters():
 
 def test_frozen_experts():
     """No LoRA on the experts: the same logits and the same gradients of what lies before them."""
-    chosen = recipe("q_proj", "in_proj")
+    chosen = recipe("q_proj", "in_proj", fast="off")
     model = attach_lora(load_model(chosen), chosen)
     assert not any(is_grouped(m) for m in model.modules())
     fill(model).train()
@@ -357,10 +362,10 @@ def test_frozen_experts():
 
 def test_base_before_adapter():
     """Switched over while bare, then adapted: the bare module within still gives PEFT's way what it needs."""
-    base = load_model(recipe())
-    assert len(use_grouped_experts(base)) == 2
+    bare = load_model(recipe())
+    assert sum(map(is_grouped, bare.modules())) == 2
     torch.manual_seed(recipe().seed)
-    wrapped = fill(get_peft_model(base, lora_config(base, recipe()))).train()
+    wrapped = fill(get_peft_model(bare, lora_config(bare, recipe()))).train()
     theirs, _ = both(recipe())
     want, wanted = gradients(theirs, ids())
     for _ in range(2):  # PEFT's wrapper around a switched module, then the wrapper switched too
@@ -372,7 +377,7 @@ def test_base_before_adapter():
 
 
 def test_experts_that_train_themselves_keep_their_gradient():
-    model = load_model(recipe()).train()
+    model = base().train()
     x, weight = ids(), model.model.layers[1].mixer.experts.up_proj
     model(x, labels=x).loss.backward()
     want, weight.grad = weight.grad, None
@@ -382,7 +387,7 @@ def test_experts_that_train_themselves_keep_their_gradient():
 
 
 def test_other_forms_are_left_alone():
-    model = load_model(recipe())
+    model = base()
     layer = model.model.layers[1].mixer.experts
     layer.has_bias = True
     assert use_grouped_experts(model) == ["model.layers.5.mixer.experts"]
