@@ -77,8 +77,8 @@ def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.
 @app.command()
 def plan(recipe: RecipeName = "demo", p: Params = [], gpus: Annotated[int, typer.Option(help="GPUs, a process each.")] = 1,
          gpu_memory: Annotated[float | None, typer.Option(help="GiB a GPU; says whether the recipe fits.")] = None) -> None:
-    "What LoRA will match, parameters, memory by part, tokens an epoch."
-    from medmcqa_lora.model import describe_plan
+    "What LoRA will match, parameters, memory by part, tokens an epoch, time."
+    from medmcqa_lora.plan import describe_plan
     if gpus < 1 or not (gpu_memory is None or 0 < gpu_memory < 1e6): raise ValueError(f"--gpus {gpus} --gpu-memory {gpu_memory}: give at least one GPU, and its memory in GiB")
     say(describe_plan(recipe_of(recipe, p), gpus, gpu_memory))
 

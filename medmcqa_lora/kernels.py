@@ -8,7 +8,7 @@ __all__ = ['KERNELS', 'INSTALL', 'TOLERANCE', 'find_mamba_kernels', 'is_kernel',
            'before_pass', 'keep_apart', 'packing_error', 'choose_packing', 'describe_kernels']
 
 # %% ../nbs/02b_kernels.ipynb #41961b5d
-import functools, importlib, importlib.util, inspect, sys
+import functools, importlib, importlib.util, inspect, os, sys
 from types import MethodType, ModuleType
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .experts import is_grouped
 # %% ../nbs/02b_kernels.ipynb #9ca5f9c4
 def find_mamba_kernels() -> bool: # whether mamba_ssm can be imported now
     "Make mamba_ssm's Triton kernels importable where its CUDA extension was not built; before transformers' modeling file is imported."
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # Triton tries dozens of configurations for minutes: once a machine, not once a run
     spec = importlib.util.find_spec("mamba_ssm") if "mamba_ssm" not in sys.modules else sys.modules["mamba_ssm"].__spec__
     if spec is None: return "mamba_ssm" in sys.modules
     try: importlib.import_module("mamba_ssm")
