@@ -199,6 +199,7 @@ def empty_model(where: str # folder or hub id, or a folder that has a config.jso
                ) -> nn.Module: # on the meta device: shapes, no memory
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
+    find_mamba_kernels()  # before the modeling file is imported, as everywhere here
     try:
         with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
     except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
@@ -436,6 +437,7 @@ def planned_model(name: str # a recipe's model
     "The structure of a recipe's model, from the shipped configuration where its files are not here."
     from transformers import AutoModelForCausalLM
     if not is_nano(name): return empty_model(resolve_model(name, weights=False))
+    find_mamba_kernels()
     with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name))
 
 # %% ../nbs/02_model.ipynb #41963df5
