@@ -1,16 +1,19 @@
 """Nothing leaks: an example's logits, gradients, scores and losses are its own, alone, padded or packed."""
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL
+from conftest import ALL, ROOT
 
 from benchmarks.isolation import isolation, make_recipe
 from medmcqa_lora.data import encode_questions, load_pair
 from medmcqa_lora.evaluation import pad_right
 from medmcqa_lora.files import read_lines
 from medmcqa_lora.generation import generate_texts, pad_left
-from medmcqa_lora.kernels import packing_collator, packing_error
+from medmcqa_lora.kernels import choose_packing, kept_apart, packing_collator, packing_errors
 from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
 from medmcqa_lora.recipe import load_recipe
 from medmcqa_lora.training import make_trainer, train
@@ -58,7 +61,7 @@ def test_the_run_says_what_it_chose(cli, tmp_path):
         assert code == 0, err
         losses[packing] = [m["loss"] for m in read_lines(tmp_path / packing / "metrics.jsonl")]
         said = (tmp_path / packing / "environment.json").read_text()
-        assert ("packing: on (an example's logits are the same behind another one" if packing == "auto" else "packing: off (off in the recipe)") in said
+        assert ("packing: on (relative change" if packing == "auto" else "packing: off (off in the recipe)") in said
     assert losses["auto"] == pytest.approx(losses["off"], rel=1e-4)
 
 
@@ -106,4 +109,38 @@ def test_random_lengths(seed):
 def test_a_real_model_keeps_examples_apart(smollm2):
     recipe = load_recipe("demo")
     rows = encode_questions(load_pair(recipe)[0].questions[:2], load_tokenizer(recipe), recipe).rows
-    assert packing_error(load_model(recipe), [rows[0]["input_ids"], rows[1]["input_ids"]]) < 1e-4
+    errors = packing_errors(load_model(recipe), [rows[0]["input_ids"], rows[1]["input_ids"]])
+    assert kept_apart(errors, half=False) and errors["neighbour"] < 1e-6 and errors["packed"] < 1e-4, errors
+
+
+def test_a_model_that_can_not_isolate_is_not_packed(monkeypatch):
+    """transformers' own Mamba block on this path: auto pads, on is refused before a step is taken."""
+    import medmcqa_lora.model
+
+    monkeypatch.setattr(medmcqa_lora.model, "keep_apart", lambda model, use_varlen: model)
+    model = load_model(recipe := load_recipe("toy"))
+    rows = encode_questions(load_pair(recipe)[0].questions[:2], load_tokenizer(recipe), recipe).rows
+    assert choose_packing(model, rows, recipe)[0] is False
+    with pytest.raises(ValueError, match="packing = on is refused"):
+        choose_packing(model, rows, replace(recipe, packing="on"))
+    assert choose_packing(model, rows, replace(recipe, packing="off")) == (False, "off in the recipe")
+
+
+TRITON_ONLY = """
+import sys
+from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.launch import check_recipe_here
+check_recipe_here(load_recipe("toy"))
+from transformers.models.nemotron_h import modeling_nemotron_h as code
+from medmcqa_lora.kernels import is_kernel
+print([is_kernel(getattr(code, n)) for n in ("mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "causal_conv1d_fn")])
+"""
+
+
+def test_a_triton_only_mamba_ssm_is_found_by_a_launch(tmp_path):
+    """Its import fails on a CUDA extension; the launch's own look at the model's structure must not settle for PyTorch."""
+    (folder := tmp_path / "mamba_ssm/ops/triton").mkdir(parents=True)
+    (tmp_path / "mamba_ssm/__init__.py").write_text("import a_cuda_extension_that_was_not_built\n")
+    (folder / "ssd_combined.py").write_text("def mamba_split_conv1d_scan_combined(zxbcdt): pass\ndef mamba_chunk_scan_combined(x): pass\n")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRITON_ONLY], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.stdout.strip().endswith("[True, True, False]"), done.stderr[-500:]
