@@ -201,7 +201,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medmcqa_lora.merge.base_folder': ('merge.html#base_folder', 'medmcqa_lora/merge.py'),
                                     'medmcqa_lora.merge.base_of': ('merge.html#base_of', 'medmcqa_lora/merge.py'),
                                     'medmcqa_lora.merge.base_shapes': ('merge.html#base_shapes', 'medmcqa_lora/merge.py'),
-                                    'medmcqa_lora.merge.check_base': ('merge.html#check_base', 'medmcqa_lora/merge.py'),
                                     'medmcqa_lora.merge.check_finite': ('merge.html#check_finite', 'medmcqa_lora/merge.py'),
                                     'medmcqa_lora.merge.check_new': ('merge.html#check_new', 'medmcqa_lora/merge.py'),
                                     'medmcqa_lora.merge.check_plain': ('merge.html#check_plain', 'medmcqa_lora/merge.py'),

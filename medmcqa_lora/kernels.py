@@ -57,7 +57,7 @@ def check_kernels(model_type: str, # from the model's configuration
                   recipe: Recipe) -> None:
     "Raises `ValueError` where the recipe requires kernels that don't run here, and says how to get them."
     if recipe.fast != "require" or model_type != "nemotron_h": return
-    lacking = list(missing_kernels())
+    lacking = [m for m in missing_kernels() if recipe.backend == "hf" or m != "causal_conv1d"]  # unsloth has a convolution of its own
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0): lacking.append("bfloat16")
     if lacking: raise ValueError(f"fast = require: {' and '.join(lacking)} missing, and without the fused kernels a step takes about 20 times longer; {'; '.join(INSTALL[m] for m in lacking)}; or -p fast auto")
 

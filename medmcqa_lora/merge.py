@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'base_of', 'base_folder', 'Delta', 'check_plain',
            'delta_of', 'read_deltas', 'factors', 'check_finite', 'read_table', 'weight_files', 'Part', 'base_shapes',
-           'renamer', 'read_parts', 'check_base', 'merged', 'overwrite', 'merge_file', 'check_new', 'check_room',
-           'whole_folder', 'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm',
-           'vllm_tensors', 'vllm_config', 'export_card', 'export_adapter']
+           'renamer', 'read_parts', 'merged', 'overwrite', 'merge_file', 'check_new', 'check_room', 'whole_folder',
+           'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm', 'vllm_tensors',
+           'vllm_config', 'export_card', 'export_adapter']
 
-# %% ../nbs/02c_merge.ipynb #4e1bb09d
+# %% ../nbs/02c_merge.ipynb #24fae09b
 import copy, itertools, json, math, os, re, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.std import tqdm
 from .files import bar_columns, write_whole
-from .model import adapter_shapes, check_adapter, resolve_model
+from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
 from .recipe import nearest
 
 # %% ../nbs/02c_merge.ipynb #12c7ef4f
@@ -183,20 +183,6 @@ def read_parts(files: list[Path], tuned: nn.Module # from `weight_files`, from `
     for key in sorted((k for k, (_, share) in named.items() if share), key=dot_natural_key): stacks.setdefault(named[key][0], {})[key] = len(stacks.get(named[key][0], ()))
     return [Part(f, k, named[k][0], stacks[named[k][0]][k] if named[k][1] else None, v["dtype"], tuple(v["shape"]), v["data_offsets"][0]) for f, t in tables.items() for k, v in t.items()]
 
-# %% ../nbs/02c_merge.ipynb #6d881d30
-def check_base(folder: Path, parts: list[Part], tuned: nn.Module # from `read_parts`, from `check_adapter`
-              ) -> None:
-    "Raises `ValueError` if the base's files don't hold what its config.json says, naming the first three tensors."
-    model, shapes, found, wrong = tuned.get_base_model(), base_shapes(tuned), {}, []
-    for p in parts: found.setdefault(p.name, []).append(p)
-    ignored = re.compile("|".join([r"rotary_emb\.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ())]))
-    for name, ps in found.items():
-        shape = ps[0].shape if ps[0].expert is None else (len(ps), *ps[0].shape)
-        if name not in shapes: wrong += [f"{p.key} is not in the model" for p in ps if not ignored.search(p.key)]
-        elif shape != shapes[name] or len({p.shape for p in ps}) > 1 or len(ps) > 1 and ps[0].expert is None: wrong.append(f"{ps[0].key} makes {shape}, not {shapes[name]}")
-    wrong += [f"{n} is missing" for n in shapes if n not in found and n not in (getattr(model, "all_tied_weights_keys", None) or {})]
-    if wrong: raise ValueError(f"model {folder}: {len(wrong)} of its tensors don't match its config.json (first: {', '.join(wrong[:3])}); copy both again")
-
 # %% ../nbs/02c_merge.ipynb #51b7b0df
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
 
@@ -284,7 +270,7 @@ def merge_card(base: str, adapter: Path, changed: int, tensors: int # how many t
     return (f"---\n{hub}library_name: transformers\ntags: [lora, merged]\n---\n\nMerged by `medmcqa-lora merge`: {base} with the LoRA adapter {adapter.absolute().parent.name}/{adapter.name}. "
             f"{changed} of {tensors} tensors are W + s·B·A, computed in float32 and rounded to the file's dtype; the others are the base's, to the byte. The base model's licence holds for the merged weights, too.\n")
 
-# %% ../nbs/02c_merge.ipynb #979d465d
+# %% ../nbs/02c_merge.ipynb #fe5f32af
 def plan_merge(adapter: Path, # an adapter/ folder
                base: str = "" # folder, hub id or built-in name; "": as `base_of` says
               ) -> tuple[str, Path, dict[str, Delta], list[Part]]: # base's name and folder, what changes, what there is
@@ -295,7 +281,8 @@ def plan_merge(adapter: Path, # an adapter/ folder
     folder = base_folder(name)
     deltas = read_deltas(adapter, tuned := check_adapter(adapter, str(folder)))
     if getattr(tuned.get_base_model().config, "quantization_config", None): raise ValueError(f"model {name}: is quantised; merge into the unquantised model, then quantise the result")
-    check_base(folder, parts := read_parts(weight_files(folder), tuned), tuned)
+    check_checkpoint(folder, name)  # what transformers would only warn about
+    parts = read_parts(weight_files(folder), tuned)
     if bad := [p for p in parts if p.name in deltas and p.dtype not in DTYPES]: raise ValueError(f"model {name}: {bad[0].key} is {bad[0].dtype}, not a float; merge into the unquantised model")
     check_finite(adapter)
     return name, folder, deltas, parts

@@ -319,10 +319,10 @@ def test_bad_input(cli, tmp_path):
     refused("no such folder", "toy-nemotron", base="toy-nemotron")
     # the base's files against its configuration
     lost = broken_base(lambda t: {k: v for k, v in t.items() if k not in (key(0), key(2), "backbone.norm_f.weight", "backbone.embeddings.weight")})
-    refused(str(lost), "4 of its tensors don't match its config.json", "model.embeddings.weight is missing, model.layers.0.mixer.in_proj.weight is missing, model.layers.2.mixer.in_proj.weight is missing)", base=lost)
-    refused("1 of its tensors", f"{key(0)} makes (328, 32), not (328, 64)", base=broken_base(lambda t: t | {key(0): t[key(0)][:, :32].contiguous()}))
-    refused("1 of its tensors", "backbone.layers.9.more is not in the model", base=broken_base(lambda t: t | {"backbone.layers.9.more": torch.zeros(2)}))
-    refused("makes (7, 48, 64), not (8, 48, 64)", base=broken_base(lambda t: {k: v for k, v in t.items() if "layers.1.mixer.experts.7.up_proj" not in k}))
+    refused(str(lost), "weights and config.json disagree (4 in all)", "model.embeddings.weight", "model.layers.0.mixer.in_proj.weight", "model.layers.2.mixer.in_proj.weight", base=lost)
+    refused("(1 in all)", "layers.0.mixer.in_proj.weight", "328 × 32", "328 × 64", base=broken_base(lambda t: t | {key(0): t[key(0)][:, :32].contiguous()}))
+    refused("(1 in all)", "layers.9.more", base=broken_base(lambda t: t | {"backbone.layers.9.more": torch.zeros(2)}))
+    refused("7 × 48 × 64", "8 × 48 × 64", base=broken_base(lambda t: {k: v for k, v in t.items() if "layers.1.mixer.experts.7.up_proj" not in k}))
     refused(f"{key(0)} is F8_E4M3, not a float", base=broken_base(lambda t: t | {key(0): t[key(0)].to(torch.float8_e4m3fn)}))
     cut = broken_base()
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-5])
@@ -330,9 +330,9 @@ def test_bad_input(cli, tmp_path):
     sharded = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="200KB")
     weight_files(sharded)[1].unlink()
-    refused("lacks 1 of", "model-00002-of-", base=sharded)
+    refused("model-00002-of-", "missing", base=sharded)
     (sharded / "model.safetensors.index.json").write_text("[]")
-    refused("is not an index", base=sharded)
+    refused("not an index of shards", base=sharded)
     # the adapter against the base
     refused("other targets", "does not fit", "base_model.model.model.layers.0.mixer.in_proj.lora_A.weight (4, 64), ", "--base", adapter=broken_adapter(target_modules=["q_proj"]))
     refused("lacks 3 of", adapter=broken_adapter(lambda t: dict(list(t.items())[3:])))

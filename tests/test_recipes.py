@@ -25,6 +25,10 @@ def test_the_contracts_keys_exist():
     assert {k.strip() for k in CONTRACT.split(",")} <= set(recipe_types())
 
 
+def test_the_30b_recipes_refuse_the_slow_path():
+    assert {name for name in SECTIONS if load_recipe(name).fast == "require"} == {"nemotron_nano", "nemotron_nano_unsloth"}
+
+
 def test_sections():
     assert SECTIONS == ["demo", "toy", "nemotron_nano", "nemotron_nano_unsloth"]
 
