@@ -26,7 +26,7 @@ def notebook_text(name: str) -> str:
     return "\n".join("".join(c["source"]) for c in json.loads((ROOT / name).read_text())["cells"] if c["cell_type"] == "markdown")
 
 
-DOCUMENTS = {"README.md": (ROOT / "README.md").read_text(), "results": notebook_text("nbs/explain/results.ipynb")}
+DOCUMENTS = {"README.md": (ROOT / "README.md").read_text(), "results": notebook_text("nbs/explain/results.ipynb"), "full_size": notebook_text("nbs/explain/full_size.ipynb")}
 COMMANDS = sorted({c for text in DOCUMENTS.values() for c in commands(text)})
 OURS = [c for c in COMMANDS if c.startswith("medmcqa-lora")]
 MAKE = [c for c in COMMANDS if c.startswith("make ")]
