@@ -271,7 +271,9 @@ def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     config = load_config(recipe.model)
     dtype = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    with torch.device(device()), torch.random.fork_rng(): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    with torch.device(device()), torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # transformers draws the Mamba blocks' dt_bias
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
     randomise(model, recipe.seed)
     model.config._name_or_path = recipe.model
     return model
