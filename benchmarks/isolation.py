@@ -102,6 +102,6 @@ if __name__ == "__main__":
     print("\n".join(found["kernels"]))
     for name, row in found["differences"].items():
         print(f"{name:<16} " + "  ".join(f"{what} {value:.1e}" for what, value in row.items()))
-    line = dict(benchmark="isolation", commit=args.commit or git_commit(), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), settings=vars(args) | dict(seed=0), **found)
+    line = dict(benchmark="isolation", commit=args.commit or git_commit(), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), settings=dict(blocks=args.blocks, dtype=args.dtype, seed=0), **found)
     with open(args.out, "a") as f:
         f.write(json.dumps(line) + "\n")

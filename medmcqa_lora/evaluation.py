@@ -203,7 +203,7 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #136f2c3c
+# %% ../nbs/04_evaluation.ipynb #08208161
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -212,10 +212,12 @@ def begin_evaluation(folder: Path, # made if missing
                     ) -> None:
     "Write evaluation.json, or check that a resumed evaluation is the same one; raises `ValueError`."
     keep = ("model", "tokenizer", "backend", "dtype", "attn_implementation", "prompt_style", "target")  # what decides a score
+    if recipe.weights == "random": keep += ("weights", "seed")
     settings = {k: getattr(recipe, k) for k in keep} | dict(adapter=adapter, data_sha256=fingerprint(questions))
     file = folder / "evaluation.json"
     if resume and file.exists():
         before = json.loads(file.read_text())
+        settings = dict.fromkeys(("weights", "seed"), None) | settings
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")
     if not resume and (begun := [*folder.glob("predictions*.jsonl"), *folder.glob("generations*.jsonl")]):

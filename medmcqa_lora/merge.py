@@ -22,7 +22,7 @@ from .files import bar_columns, write_whole
 from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
 from .recipe import nearest
 
-# %% ../nbs/02c_merge.ipynb #12c7ef4f
+# %% ../nbs/02c_merge.ipynb #77ce790a
 def base_of(adapter: Path # an adapter/ folder
            ) -> str: # folder, hub id or built-in name; "" if nobody says
     "The base model that an adapter was made for: by its run's recipe.json, else by its own configuration; raises `ValueError` if that isn't JSON."
@@ -30,6 +30,7 @@ def base_of(adapter: Path # an adapter/ folder
         try: return json.loads(file.read_text()).get(key) or ""
         except (ValueError, AttributeError): raise ValueError(f"{file}: is not a JSON object; copy it again, or name the base with --base") from None
     recipe = adapter.absolute().parent / "recipe.json"
+    if recipe.is_file() and read(recipe, "weights") == "random": raise ValueError(f"adapter {adapter}: was trained on random weights, to measure speed, and means nothing on others; name a base with --base if you want it all the same")
     return (read(recipe, "model") if recipe.is_file() else "") or read(adapter / "adapter_config.json", "base_model_name_or_path")
 
 # %% ../nbs/02c_merge.ipynb #953c1ce9
@@ -219,10 +220,11 @@ def merge_file(source: Path, target: Path, # a shard, and the copy to make
                 size = math.prod(p.shape[-2:]) * DTYPES[p.dtype].itemsize
                 for i, e in enumerate(range(len(a)) if p.expert is None else [p.expert]): overwrite(f, p.begin + i * size, p.shape[-2:], DTYPES[p.dtype], a[e], b[e])
 
-# %% ../nbs/02c_merge.ipynb #0e7029e5
+# %% ../nbs/02c_merge.ipynb #cbdb7532
 def check_new(out: Path # where a folder is to be written
              ) -> None:
     "Raises `ValueError` if `out` can't be a new folder."
+    if out.is_symlink() or os.path.ismount(out): raise ValueError(f"--out {out}: is a {'link' if out.is_symlink() else 'mount point'}, which a finished folder can't replace; name a new folder inside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out {out}: is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
     above = next(p for p in out.absolute().parents if p.exists())
     try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts

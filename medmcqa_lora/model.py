@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
-           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'load_config', 'is_nano', 'randomise',
-           'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
+           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'load_config', 'is_nano',
+           'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
            'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
            'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
@@ -227,6 +227,11 @@ def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
+# %% ../nbs/02_model.ipynb #ebe3d601
+def own_generator(): # a context manager
+    "Random numbers inside a `with` block that leave those outside as they were."
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
 # %% ../nbs/02_model.ipynb #64c147b7
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
@@ -254,12 +259,12 @@ def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, wh
     "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
     return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
-# %% ../nbs/02_model.ipynb #7b9c9efa
+# %% ../nbs/02_model.ipynb #d55057f7
 @torch.no_grad()
 def randomise(model: nn.Module, # on its device; changed in place
               seed: int # of the weights
              ) -> None:
-    "Random weights that keep activations, and the load of experts, even; biases of convolutions are random, too."
+    "Random weights that keep activations even through all blocks; biases of convolutions are random, too."
     generator, config = torch.Generator(next(model.parameters()).device).manual_seed(seed), model.config
     for name, p in model.named_parameters():
         writes = name.rsplit(".", 2)[-2] in ("out_proj", "o_proj", "down_proj") or name.endswith("experts.down_proj")
@@ -271,19 +276,20 @@ def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     config = load_config(recipe.model)
     dtype = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    with torch.device(device()), torch.random.fork_rng():
+    with torch.device(device()), own_generator():
         torch.manual_seed(recipe.seed)  # transformers draws the Mamba blocks' dt_bias
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
     randomise(model, recipe.seed)
     model.config._name_or_path = recipe.model
     return model
 
-# %% ../nbs/02_model.ipynb #7618664f
+# %% ../nbs/02_model.ipynb #0f44a110
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
     find_mamba_kernels()
     where = resolve_model(recipe.model, recipe.weights == "pretrained")
+    if recipe.backend == "hf" and Path(where).is_dir(): check_kernels(load_config(recipe.model).model_type, recipe)  # before anything large is read
     if Path(where).is_dir() and recipe.weights == "pretrained": check_checkpoint(Path(where), recipe.model)  # of a hub id, what was loaded is compared
     try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
     except (OSError, KeyError, ImportError) as e:
@@ -382,12 +388,12 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #e169be1a
+# %% ../nbs/02_model.ipynb #0597e7af
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
     from peft import get_peft_model
-    with torch.random.fork_rng():
+    with own_generator():
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
     if recipe.fast != "off": use_grouped_experts(tuned)

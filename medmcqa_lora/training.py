@@ -24,7 +24,7 @@ from .files import append_line, bar_columns, read_lines, save_figure, trim_lines
 from .kernels import packing_collator
 from .model import save_adapter
 
-# %% ../nbs/03_training.ipynb #9b8890aa
+# %% ../nbs/03_training.ipynb #abcd24ec
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -37,12 +37,14 @@ def training_arguments(recipe: Recipe, # checked
     best = recipe.early_stopping_patience is not None
     same = {k: getattr(recipe, k) for k in SAME_NAME}
     if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
-    return SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
-                     dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
-                     bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
-                     eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
-                     greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
-                     include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+    arguments = SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
+                          dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+                          bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
+                          eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
+                          greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
+                          include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+    if arguments.n_gpu > 1: arguments._n_gpu = 1  # in a notebook on a host with several GPUs transformers would split batches, and packed rows can't be
+    return arguments
 
 # %% ../nbs/03_training.ipynb #296fe541
 MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast")  # don't decide a loss
