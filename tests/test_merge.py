@@ -313,6 +313,11 @@ def test_bad_input(cli, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(json.loads((folder / "adapter_config.json").read_text()) | config))
         return folder
 
+    (tmp_path / "timing").mkdir()  # a run that measured speed
+    shutil.copytree(adapter, tmp_path / "timing/adapter")
+    (tmp_path / "timing/recipe.json").write_text(json.dumps({"model": "toy-nemotron-h", "weights": "random"}))
+    for command in (("merge",), ("export", "--format", "peft")):
+        refused("was trained on random weights", "--base", adapter=tmp_path / "timing/adapter", command=command)
     key = "backbone.layers.{}.mixer.in_proj.weight".format
     refused("adapter_config.json", "give the adapter/ folder", adapter=tmp_path / "none")
     refused("nobody/none", "can't be fetched", base="nobody/none")
@@ -449,3 +454,12 @@ def test_served_smollm2_on_100_real_questions(validation, smollm2, tmp_path):
     adapter, _ = make_adapter(tmp_path / "adapter", "attention", "mlp", std=0.05, model=recipe.model, lora_r=8, lora_alpha=16)
     worst, changed = check_served(load_questions(str(validation), limit=100).questions, recipe, adapter, tmp_path / "merged")
     print(f"SmolLM2: log-probabilities of 100 questions differ by {worst:.1e} at most; the adapter changes {changed} of 20 answers")
+
+
+def test_a_link_can_not_become_the_folder(tmp_path, cli):
+    """Else the finished folder could not be moved there, after all the work."""
+    adapter, _ = make_adapter(tmp_path / "adapter", "attention")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    check_one_line(cli("merge", adapter, "--out", tmp_path / "link"), "--out", "is a link", "inside it")
+    assert not any((tmp_path / "elsewhere").iterdir())
