@@ -106,7 +106,7 @@ def make_pass(case: Case, lengths: list[int], model, recipe: Recipe) -> Pass:
     """What really computes this configuration, for the formula."""
     experts = [m for n, m in model.named_modules() if n.endswith(".experts")]
     half = recipe.dtype != "float32"
-    how = dict(half=half, fused=not missing_kernels(), grouped=all(map(is_grouped, experts)))
+    how = dict(half=half, fused=not missing_kernels(), grouped=all(map(is_grouped, experts)), wide=torch.cuda.is_available())
     if case.packed:
         return Pass(1, sum(lengths), masked=not (recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)), examples=len(lengths), longest=max(lengths), **how)
     return Pass(case.rows, max(lengths), masked=len(set(lengths)) > 1, **how)

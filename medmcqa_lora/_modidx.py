@@ -310,6 +310,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.plan.show_memory': ('plan.html#show_memory', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.show_table': ('plan.html#show_table', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.size_of': ('plan.html#size_of', 'medmcqa_lora/plan.py'),
+                                   'medmcqa_lora.plan.square_copy': ('plan.html#square_copy', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.will_pack': ('plan.html#will_pack', 'medmcqa_lora/plan.py')},
             'medmcqa_lora.recipe': { 'medmcqa_lora.recipe.DataKeys': ('recipe.html#datakeys', 'medmcqa_lora/recipe.py'),
                                      'medmcqa_lora.recipe.LoraKeys': ('recipe.html#lorakeys', 'medmcqa_lora/recipe.py'),
