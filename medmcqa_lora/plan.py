@@ -106,11 +106,12 @@ def attention_kept(c, # the model's configuration
             "mask": p.width * p.length * p.masked,
             "LoRA": lora_kept(p, ranks, ("q_proj", "k_proj", "v_proj"), c.hidden_size) + lora_kept(p, ranks, ("o_proj",), queries, shared=True)}
 
-# %% ../nbs/02d_plan.ipynb #b6455fed
+# %% ../nbs/02d_plan.ipynb #b3d7136a
 def square_copy(p: Pass) -> int: # bytes a number
-    "What a square keeps besides what its argument takes anyway."
+    "What a square keeps besides its argument."
     return 4 * (p.half and p.wide)
 
+# %% ../nbs/02d_plan.ipynb #1a4ee0c5
 def mlp_kept(c, # the model's configuration
              p: Pass, ranks: dict[str, int], # target -> rank, of this block
              size: int # of the layer between
@@ -174,9 +175,10 @@ def apart(p: Pass) -> Pass: # the same, or a padded batch
     "The pass as the Mamba blocks see it."
     return replace(p, rows=p.examples, length=p.longest, examples=0) if p.examples and not p.fused else p
 
-# %% ../nbs/02d_plan.ipynb #fea2327d
+# %% ../nbs/02d_plan.ipynb #470e2623
 UNEXPLAINED = 4  # bytes a number of the hidden width and mixture block: a measured allowance on a GPU, its cause unknown
 
+# %% ../nbs/02d_plan.ipynb #978ef5e2
 def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
@@ -230,16 +232,15 @@ def routed_temporary(c, # the model's configuration
     if p.grouped: return slots * (width + (3 if adapted else 2) * size)
     return slots * 3 * size + adapted * 2 * p.width * c.n_routed_experts * width * size / p.tokens
 
-# %% ../nbs/02d_plan.ipynb #dad58a58
+# %% ../nbs/02d_plan.ipynb #891619c3
 def block_temporary(c, # the model's configuration
                     block: Block, p: Pass) -> float: # bytes a token
     "What a block's backward pass needs at its largest, besides what is kept."
     if block.kind == "mamba": return mamba_temporary(c, apart(p)) * apart(p).tokens / p.tokens
-    if block.kind == "moe":
-        done = sum(v for k, v in block_kept(c, block, p).items() if k.startswith("shared"))
-        return max(routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done, 3 * square_copy(p) * c.moe_shared_expert_intermediate_size)
-    wide = 3 * square_copy(p) * c.intermediate_size * (block.kind == "mlp")
-    return max(wide, (6 if p.half else 4) * max(c.num_attention_heads * head_size(c) * (block.kind != "mlp"), c.intermediate_size * (block.kind != "attention")))
+    done = sum(v for k, v in block_kept(c, block, p).items() if k.startswith("shared"))
+    if block.kind == "moe": return max(routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done, 3 * square_copy(p) * c.moe_shared_expert_intermediate_size)
+    number = max(6 if p.half else 4, 3 * square_copy(p) * (block.kind == "mlp"))  # bytes
+    return number * max(c.num_attention_heads * head_size(c) * (block.kind != "mlp"), c.intermediate_size * (block.kind != "attention"))
 
 # %% ../nbs/02d_plan.ipynb #88d4774e
 LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE`
