@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
-           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'load_config', 'is_nano',
+           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'is_nano', 'load_config',
            'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
            'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
            'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
@@ -247,17 +247,17 @@ def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
                                                  max_seq_length=recipe.max_length, trust_remote_code=False)
     return model
 
-# %% ../nbs/02_model.ipynb #3ff1a5cc
+# %% ../nbs/02_model.ipynb #a3269585
+def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
+    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
+    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
+
 def load_config(name: str # a recipe's model
                ) -> object: # a configuration of transformers
     "A model's configuration: its own, or for the 30B model the shipped one."
     from transformers import AutoConfig
     if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
     return AutoConfig.from_pretrained(resolve_model(name, weights=False))
-
-def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
-    "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
-    return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
 # %% ../nbs/02_model.ipynb #d55057f7
 @torch.no_grad()
