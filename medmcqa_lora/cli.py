@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'compare', 'merge', 'export',
-           'demo', 'one_line', 'main']
+           'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run', 'report_in_card',
+           'compare', 'merge', 'export', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #c31734e5
 import sys
@@ -107,7 +107,25 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, [v.strip() for v in views.split(",")])
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
 
-# %% ../nbs/06_cli.ipynb #b4c131e0
+# %% ../nbs/06_cli.ipynb #6a1e6c6b
+def tuned_run(tuned_dir: Path # an evaluation of a tuned model
+             ) -> Path | None: # none: the run is not there, or not to be written
+    "The folder of the run whose adapter an evaluation scored."
+    import json, os
+    adapter = json.loads((tuned_dir / "summary.json").read_text(encoding="utf-8")).get("adapter")
+    run = Path(adapter).parent if adapter else None
+    whole = run and all((run / f"{n}.json").is_file() for n in ("recipe", "environment", "result"))
+    return run if whole and os.access(run, os.W_OK) else None
+
+def report_in_card(run: Path, text: str # Markdown
+                  ) -> Path: # README.md
+    "Keep a comparison in a run's folder and its model card."
+    from medmcqa_lora.files import write_whole
+    from medmcqa_lora.training import write_card
+    write_whole(run / "comparison.md", text)
+    return write_card(run)
+
+# %% ../nbs/06_cli.ipynb #89e3c598
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None) -> None:
@@ -115,7 +133,8 @@ def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the 
     from medmcqa_lora.evaluation import write_comparison
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    say(write_comparison(base_dir, tuned_dir, out))
+    say(text := write_comparison(base_dir, tuned_dir, out))
+    if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
 # %% ../nbs/06_cli.ipynb #3020047c

@@ -222,7 +222,7 @@ def describe_kernels(model: nn.Module, # with or without LoRA
     lines = []
     if model.config.model_type == "nemotron_h":
         missing = lacking(recipe)
-        lines = ["Mamba scan and convolution: " + (f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]
+        lines = ["Mamba scan and convolution: " + ("PyTorch's own code, slow: no GPU here" if missing == ["a GPU"] else f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]
         if experts := [m for n, m in model.named_modules() if n.endswith(".experts")]:
             slow = f"; the others as transformers or PEFT computes them ({'fast = off' if recipe.fast == 'off' else recipe.backend if recipe.backend != 'hf' else 'of a form that is not known'})"
             lines.append(f"routed experts: grouped products in {(done := sum(map(is_grouped, experts)))} of {len(experts)} blocks" + slow * (done < len(experts)))

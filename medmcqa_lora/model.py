@@ -424,7 +424,7 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #0c8f161a
+# %% ../nbs/02_model.ipynb #1616385f
 def save_adapter(model: nn.Module, # a PEFT model
                  folder: Path # one that exists is replaced
                 ) -> Path: # the same folder
@@ -432,7 +432,8 @@ def save_adapter(model: nn.Module, # a PEFT model
     work, old = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent)), None
     try:
         model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False)
-        work.chmod(0o755)  # mkdtemp's folders are private
+        (work / "README.md").unlink(missing_ok=True)  # a form that PEFT leaves blank; the run's card says more
+        for p in (work, *work.iterdir()): p.chmod(0o755 if p.is_dir() else 0o644)  # mkdtemp's folders and safetensors' files are private, and servers run as somebody else
         if folder.exists(): folder.rename(old := work.with_name(f"{work.name}-old"))
         work.rename(folder)
         if old: shutil.rmtree(old)

@@ -141,7 +141,7 @@ def pack_training(trainer # a `trl.SFTTrainer`; changed in place
         finally: trainer.data_collator = padded
     trainer.get_train_dataloader = packed_loader
 
-# %% ../nbs/03_training.ipynb #d1851772
+# %% ../nbs/03_training.ipynb #9898387f
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -154,6 +154,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
                          eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
     if packed: pack_training(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
@@ -301,11 +302,13 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
-# %% ../nbs/03_training.ipynb #44f34cb8
+# %% ../nbs/03_training.ipynb #dc62751e
 def write_card(run: Path, # with recipe.json, environment.json and result.json
-               evaluation: str = NOT_EVALUATED # Markdown of the comparison
+               evaluation: str = "" # Markdown of the comparison; empty: the one in the run's comparison.md, if there is one
               ) -> Path: # README.md
     "Write the run's model card."
+    kept = run / "comparison.md"
+    if not evaluation: evaluation = kept.read_text(encoding="utf-8") if kept.is_file() else NOT_EVALUATED
     recipe, env, result = (json.loads((run / f"{n}.json").read_text()) for n in ("recipe", "environment", "result"))
     gpus = [g["name"] for g in env["hardware"]["gpus"]]
     where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
