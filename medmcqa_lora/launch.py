@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_processes', 'check_recipe_here', 'World',
            'join_world', 'wait_for_all', 'end_with_parent', 'record_failure', 'failure_text', 'worker', 'LaunchError',
-           'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'launch_evaluate']
+           'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
 # %% ../nbs/05_launch.ipynb #f0c0b291
 import json, logging, os, shutil, sys, tempfile, threading, time
@@ -206,7 +206,17 @@ def check_views(views) -> list[str]: # with letters first
     if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0]}: is not one of {', '.join(VIEWS)}")
     return [v for v in VIEWS if v == "letters" or v in views]
 
-# %% ../nbs/05_launch.ipynb #229c0296
+# %% ../nbs/05_launch.ipynb #3e3f7122
+def check_same_weights(adapter: Path, # a run's adapter/ folder
+                       recipe: Recipe) -> None:
+    "Raises `ValueError` if an adapter was trained on random weights and is to be scored on others, or the reverse."
+    file = adapter.absolute().parent / "recipe.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    asked = (recipe.weights, recipe.seed if recipe.weights == "random" else None)
+    made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
+    if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
+
+# %% ../nbs/05_launch.ipynb #e8d6b95a
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
@@ -220,7 +230,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     check_folder(folder, resume)
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
-    if adapter is not None: check_adapter(adapter, recipe.model)
+    if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
     parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views}
     run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

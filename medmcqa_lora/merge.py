@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'base_of', 'base_folder', 'Delta', 'check_plain',
-           'delta_of', 'read_deltas', 'factors', 'check_finite', 'read_table', 'weight_files', 'Part', 'base_shapes',
-           'renamer', 'read_parts', 'merged', 'overwrite', 'merge_file', 'check_new', 'check_room', 'whole_folder',
-           'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm', 'vllm_tensors',
-           'vllm_config', 'export_card', 'export_adapter']
+           'check_kind', 'delta_of', 'read_deltas', 'factors', 'check_finite', 'read_table', 'weight_files', 'Part',
+           'base_shapes', 'renamer', 'read_parts', 'merged', 'overwrite', 'merge_file', 'check_new', 'check_room',
+           'whole_folder', 'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm',
+           'vllm_tensors', 'vllm_config', 'export_card', 'export_adapter']
 
 # %% ../nbs/02c_merge.ipynb #24fae09b
 import copy, itertools, json, math, os, re, shutil, tempfile
@@ -22,13 +22,13 @@ from .files import bar_columns, write_whole
 from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
 from .recipe import nearest
 
-# %% ../nbs/02c_merge.ipynb #77ce790a
+# %% ../nbs/02c_merge.ipynb #31a8d03b
 def base_of(adapter: Path # an adapter/ folder
            ) -> str: # folder, hub id or built-in name; "" if nobody says
     "The base model that an adapter was made for: by its run's recipe.json, else by its own configuration; raises `ValueError` if that isn't JSON."
     def read(file, key):
-        try: return json.loads(file.read_text()).get(key) or ""
-        except (ValueError, AttributeError): raise ValueError(f"{file}: is not a JSON object; copy it again, or name the base with --base") from None
+        try: return "" + (json.loads(file.read_text()).get(key) or "")
+        except (ValueError, AttributeError, TypeError): raise ValueError(f"{file}: is not a JSON object; copy it again, or name the base with --base") from None
     recipe = adapter.absolute().parent / "recipe.json"
     if recipe.is_file() and read(recipe, "weights") == "random": raise ValueError(f"adapter {adapter}: was trained on random weights, to measure speed, and means nothing on others; name a base with --base if you want it all the same")
     return (read(recipe, "model") if recipe.is_file() else "") or read(adapter / "adapter_config.json", "base_model_name_or_path")
@@ -73,6 +73,14 @@ def check_plain(adapter: Path, config # its folder and `peft.PeftConfig`
     if (start := getattr(config, "init_lora_weights", True)) not in PLAIN_STARTS: reasons.append(f"init_lora_weights = {start}: it changes the base's weights")
     if reasons: raise ValueError(f"adapter {adapter}: is not plain LoRA ({'; '.join(reasons)}), and W + s·B·A would not be what was trained; merge it with PEFT's merge_and_unload")
 
+# %% ../nbs/02c_merge.ipynb #5e5bef8c
+def check_kind(adapter: Path) -> None: # an adapter/ folder
+    "Raises `ValueError` unless an adapter's configuration is one of plain LoRA."
+    from peft import PeftConfig
+    try: config = PeftConfig.from_pretrained(str(adapter))
+    except Exception as e: raise ValueError(f"adapter {adapter}: its adapter_config.json can't be used ({' '.join(str(e).split())[:120]}); copy it again") from None
+    check_plain(adapter, config)
+
 # %% ../nbs/02c_merge.ipynb #30c04cb6
 def delta_of(name: str, layer: nn.Module # PEFT's layer and its name
             ) -> Delta | None: # None: of a kind that can't be merged
@@ -85,7 +93,7 @@ def delta_of(name: str, layer: nn.Module # PEFT's layer and its name
         return None if getattr(inner, "is_transposed", False) else Delta(f"{of}.{layer.parameter_name}", experts=experts, **about)
     return Delta(f"{of}.weight", experts=0, **about) if type(inner) is nn.Linear and "default" in layer.lora_A else None
 
-# %% ../nbs/02c_merge.ipynb #6b7ea9c8
+# %% ../nbs/02c_merge.ipynb #b227e9c3
 def read_deltas(adapter: Path, # an adapter/ folder
                 tuned: nn.Module # from `check_adapter`
                ) -> dict[str, Delta]: # parameter's name -> what changes it
@@ -97,6 +105,7 @@ def read_deltas(adapter: Path, # an adapter/ folder
     tied = getattr(tuned.get_base_model(), "all_tied_weights_keys", None) or {}
     shared = sorted(deltas.keys() & {*tied, *tied.values()})
     unknown = sorted(adapter_shapes(adapter).keys() - {t for d in deltas.values() for t in d.tensors()})
+    if wild := [d.name for d in deltas.values() if not math.isfinite(d.scale)]: raise ValueError(f"adapter {adapter}: the scale of {wild[0]} is not finite; mend lora_alpha in its adapter_config.json")
     if shared: raise ValueError(f"adapter {adapter}: changes {shared[0]}, which this model uses as its embeddings, too; it can't be merged alone")
     if unknown or len(deltas) < len(layers): raise ValueError(f"adapter {adapter}: {len(unknown)} of its tensors are not of plain LoRA on a matrix (first: {', '.join(unknown[:3])}); merge it with PEFT's merge_and_unload")
     return deltas
@@ -109,12 +118,14 @@ def factors(file, # an adapter's, from `safe_open`
     experts = delta.experts or 1
     return a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) * delta.scale
 
-# %% ../nbs/02c_merge.ipynb #d56f0af0
+# %% ../nbs/02c_merge.ipynb #aa50c1a7
 def check_finite(adapter: Path) -> None:
     "Raises `ValueError` if an adapter holds a number that is not finite."
     from safetensors import safe_open
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in ("F64", "F32", "BF16", "F16"): raise ValueError(f"adapter {adapter}: {name} is {dtype}, not a float; save it in float32 or bfloat16")
             if not file.get_tensor(name).isfinite().all(): raise ValueError(f"adapter {adapter}: {name} is not finite: its training diverged; take an earlier checkpoint")
 
 # %% ../nbs/02c_merge.ipynb #030cf2ef
@@ -127,7 +138,7 @@ def read_table(file: Path) -> dict[str, dict]: # key -> dtype, shape, data_offse
     with open(file, "rb") as f: table = json.loads(f.read(size := int.from_bytes(f.read(8), "little")))
     return {k: v | {"data_offsets": [8 + size + o for o in v["data_offsets"]]} for k, v in table.items() if k != "__metadata__"}
 
-# %% ../nbs/02c_merge.ipynb #8731890d
+# %% ../nbs/02c_merge.ipynb #d26edc81
 def weight_files(folder: Path) -> list[Path]: # the shards, in order
     "A model folder's weight files; raises `ValueError` if one is missing."
     index = folder / "model.safetensors.index.json"
@@ -135,6 +146,7 @@ def weight_files(folder: Path) -> list[Path]: # the shards, in order
     if not index.is_file(): raise ValueError(f"model {folder}: has neither model.safetensors nor model.safetensors.index.json; give the folder that save_pretrained wrote")
     try: files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"model {index}: is not an index of weight files; copy it again") from None
+    if deep := [f for f in files if f.parent != folder]: raise ValueError(f"model {folder}: keeps {deep[0].relative_to(folder)} in a sub-folder; save it again with save_pretrained, and merge into that")
     if missing := [f.name for f in files if not f.is_file()]: raise ValueError(f"model {folder}: lacks {len(missing)} of {len(files)} weight files (first: {missing[0]}); copy it again")
     return files
 
@@ -220,10 +232,11 @@ def merge_file(source: Path, target: Path, # a shard, and the copy to make
                 size = math.prod(p.shape[-2:]) * DTYPES[p.dtype].itemsize
                 for i, e in enumerate(range(len(a)) if p.expert is None else [p.expert]): overwrite(f, p.begin + i * size, p.shape[-2:], DTYPES[p.dtype], a[e], b[e])
 
-# %% ../nbs/02c_merge.ipynb #cbdb7532
+# %% ../nbs/02c_merge.ipynb #4a1bf929
 def check_new(out: Path # where a folder is to be written
              ) -> None:
     "Raises `ValueError` if `out` can't be a new folder."
+    if out.resolve() == Path.cwd(): raise ValueError(f"--out {out}: is the folder you are in; name a new folder inside it")
     if out.is_symlink() or os.path.ismount(out): raise ValueError(f"--out {out}: is a {'link' if out.is_symlink() else 'mount point'}, which a finished folder can't replace; name a new folder inside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out {out}: is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
     above = next(p for p in out.absolute().parents if p.exists())
@@ -272,12 +285,13 @@ def merge_card(base: str, adapter: Path, changed: int, tensors: int # how many t
     return (f"---\n{hub}library_name: transformers\ntags: [lora, merged]\n---\n\nMerged by `medmcqa-lora merge`: {base} with the LoRA adapter {adapter.absolute().parent.name}/{adapter.name}. "
             f"{changed} of {tensors} tensors are W + s·B·A, computed in float32 and rounded to the file's dtype; the others are the base's, to the byte. The base model's licence holds for the merged weights, too.\n")
 
-# %% ../nbs/02c_merge.ipynb #fe5f32af
+# %% ../nbs/02c_merge.ipynb #d58141b0
 def plan_merge(adapter: Path, # an adapter/ folder
                base: str = "" # folder, hub id or built-in name; "": as `base_of` says
               ) -> tuple[str, Path, dict[str, Delta], list[Part]]: # base's name and folder, what changes, what there is
     "Check an adapter and its base against each other; raises `ValueError`."
     adapter_shapes(adapter)
+    check_kind(adapter)
     name = base or base_of(adapter)
     if not name: raise ValueError(f"adapter {adapter}: doesn't say which model it was made for; name it with --base")
     folder = base_folder(name)
@@ -353,7 +367,7 @@ def export_card(format: str, base: str, rank: int) -> str: # Markdown with a mod
              if format == "vllm" else f"\n```python\nPeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)\n```\n")
     return f"---\nlibrary_name: peft\ntags: [lora]\n---\n\nA LoRA adapter for {base}, exported by `medmcqa-lora export --format {format}`.\n{serve}"
 
-# %% ../nbs/02c_merge.ipynb #a9627988
+# %% ../nbs/02c_merge.ipynb #ca9a2905
 def export_adapter(adapter: Path, # an adapter/ folder
                    out: Path, # a new folder
                    format: str, # one of `FORMATS`
@@ -364,15 +378,18 @@ def export_adapter(adapter: Path, # an adapter/ folder
     if format not in FORMATS: raise ValueError(f"--format {format}: is not known{nearest(format, FORMATS)} (there are {', '.join(FORMATS)})")
     check_new(out)
     found = adapter_shapes(adapter)
+    check_kind(adapter)
     if not (name := base or base_of(adapter)): raise ValueError(f"adapter {adapter}: doesn't say which model it was made for; name it with --base")
     deltas = read_deltas(adapter, tuned := check_adapter(adapter, name))
     check_finite(adapter)
+    check_room(out, 2 * (adapter / "adapter_model.safetensors").stat().st_size)  # experts are filled up to one rank
     config, rank = copy.copy(tuned.peft_config["default"]), max(d.rank for d in deltas.values())
     if format == "vllm": check_vllm(adapter, deltas, tuned.get_base_model().config.model_type); config = vllm_config(config, deltas)
     config.base_model_name_or_path = name
     with whole_folder(out) as work:
         if format == "peft": shutil.copyfile(adapter / "adapter_model.safetensors", work / "adapter_model.safetensors")
         else: found = vllm_tensors(adapter, deltas); save_file(found, work / "adapter_model.safetensors", {"format": "pt"})
+        (work / "adapter_model.safetensors").chmod(0o644)  # safetensors' own are private, and servers run as somebody else
         config.save_pretrained(str(work))
         write_whole(work / "README.md", export_card(format, name, rank))
     return dict(base=name, tensors=len(found), rank=rank)

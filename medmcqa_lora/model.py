@@ -205,7 +205,7 @@ def empty_model(where: str # folder or hub id, or a folder that has a config.jso
     except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
         raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
 
-# %% ../nbs/02_model.ipynb #9ddfb330
+# %% ../nbs/02_model.ipynb #39a2e388
 def check_checkpoint(folder: Path, # of a model
                      name: str = "" # what to call it; empty: the folder
                     ) -> None:
@@ -216,6 +216,7 @@ def check_checkpoint(folder: Path, # of a model
     logging.set_verbosity_error()  # its own report fills pages
     try:
         with no_bars(): _, info = type(model).from_pretrained(None, config=model.config, state_dict=dict(found), device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+    except ImportError as e: raise ValueError(f"model {name or folder}: needs a package that is not installed ({' '.join(str(e).split())[:120]}); install it, or take the model in bfloat16") from None
     except RuntimeError:  # experts of different shapes can't be stacked to one tensor, and it doesn't say which
         want = revert_weight_conversion(model, model.state_dict())
         info = dict(missing_keys=want.keys() - found.keys(), unexpected_keys=found.keys() - want.keys(), mismatched_keys={(k, found[k].shape, want[k].shape) for k in want.keys() & found.keys() if found[k].shape != want[k].shape})
@@ -460,7 +461,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #8074fd0a
+# %% ../nbs/02_model.ipynb #1ccc533b
 def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
                    ) -> nn.Module: # a PEFT model on the meta device
@@ -470,7 +471,7 @@ def planned_adapter(folder: Path, # an adapter/ folder
     try:
         config = PeftConfig.from_pretrained(str(folder))
         made_for, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would replace it, with a warning
-        with warnings.catch_warnings(action="ignore"): tuned = get_peft_model(base, config)
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"): tuned = get_peft_model(base, config)
     except Exception as e:  # no such peft_type, targets that the base lacks, not JSON
         raise ValueError(f"adapter {folder}: made for another base, or broken: its configuration does not fit {model_name} ({' '.join(str(e).split())[:120]}); give the base it was made for with -p model, or --base of merge") from None
     config.base_model_name_or_path = made_for

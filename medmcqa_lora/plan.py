@@ -38,7 +38,7 @@ def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epo
     rows = min(rows, recipe.max_rows or rows)
     return round(rows * sum(lengths.values())), round(rows * sum(k * v for k, v in lengths.items()))
 
-# %% ../nbs/02d_plan.ipynb #7aeb7627
+# %% ../nbs/02d_plan.ipynb #8a9471a5
 def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples in one row
                       ) -> tuple[int, int]: # tokens of the usual micro-batch and of the largest, padding included
     "Tokens that pass through the model at once."
@@ -46,9 +46,11 @@ def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples i
     share = np.zeros(max(lengths) + 1)
     share[list(lengths)] = np.array(list(lengths.values())) / sum(lengths.values())
     if not packed: return round(batch * (1 - share.cumsum() ** batch).sum()), batch * max(lengths)
+    mean, variance = (share * np.arange(len(share))).sum(), (share * np.arange(len(share)) ** 2).sum() - (share * np.arange(len(share))).sum() ** 2
+    if batch > 4096: return round(batch * mean), round(batch * mean + 3.72 * math.sqrt(batch * variance))  # a normal distribution by then
     size = 2 ** math.ceil(math.log2(batch * max(lengths) + 1))
     sums = np.fft.irfft(np.fft.rfft(share, size) ** batch, size)
-    return round(batch * (share * np.arange(len(share))).sum()), int(np.searchsorted(sums.cumsum(), 1 - 1e-4))
+    return round(batch * mean), int(np.searchsorted(sums.cumsum(), 1 - 1e-4))
 
 # %% ../nbs/02d_plan.ipynb #5b651ff5
 def memory_parts(total: int, # parameters of the base model
@@ -417,16 +419,17 @@ def size_of(n: int) -> str: # such as "31.58 B"
     "A number of parameters in words."
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
-# %% ../nbs/02d_plan.ipynb #8e9f12cb
+# %% ../nbs/02d_plan.ipynb #346f2f67
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None # GiB of one
                  ) -> str: # text; raises `ValueError` for targets that can't be had
     "What a recipe would train, its memory by part, its tokens and its time."
     from peft import get_peft_model
     model, (rows, tokens) = planned_model(recipe.model), epoch_tokens(recipe)
+    if recipe.dtype == "auto": recipe = replace(recipe, dtype=str(getattr(model.config, "dtype", None) or torch.bfloat16)[6:])  # as stored
     total, kinds, blocks, c = sum(p.numel() for p in model.parameters()), kinds_table(model), find_blocks(model, recipe), model.config
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of experts' full names, which PEFT does heed
-        report = lora_report(get_peft_model(model, lora_config(model, recipe)))
+        with torch.device("meta"): report = lora_report(get_peft_model(model, lora_config(model, recipe)))
     parts = memory_parts(total, trainable := int(report.trainable.sum()), recipe, gpus)
     memory = plan_memory(c, blocks, recipe, parts)
     fits = fit_lines(c, blocks, recipe, parts, memory, gpu_memory) if gpu_memory else {}

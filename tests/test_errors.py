@@ -73,6 +73,7 @@ RECIPES = {  # words after the command: what the message must hold
     ("-p", "lora_r", "four"): ["lora_r", "whole number"],
     ("-p", "lora_r"): ["lora_r", "-p KEY VALUE"],
     ("-p", "lora_r", "0", "-p", "seed", "-1", "-p", "lora_dropout", "2"): ["lora_r = 0", "seed = -1", "lora_dropout"],
+    ("-p", "lora_r", "10000000000000000", "-p", "num_train_epochs", "1e308"): ["lora_r = 10000000000000000 is beyond any use", "num_train_epochs"],
     ("-p", "learning_rate", "nan"): ["learning_rate", "finite"],
     ("-p", "packing", "on", "-p", "backend", "unsloth", "-p", "dtype", "bfloat16"): ["packing", "unsloth"],
     ("-p", "target", "word"): ["target", "one of letter"],
