@@ -71,15 +71,15 @@ def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2)
 
 @pytest.mark.parametrize("recipe", ["demo"])
 def test_demo(recipe, tmp_path, cli, smollm2):
-    """The main job on the real small model, with fewer steps than `make demo` takes."""
-    code, out, err = cli("demo", "--recipe", recipe, "-p", "max_steps", "3", "-p", "save_steps", "3", "--out", tmp_path / "demo")
+    """The main job on the real small model, with fewer steps and questions than `make demo` takes."""
+    code, out, err = cli("demo", "--recipe", recipe, "-p", "max_steps", "3", "-p", "save_steps", "3", "-p", "max_eval_rows", "32", "--out", tmp_path / "demo")
     assert code == 0, err
     assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
     run = tmp_path / "demo"
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["n"] == 80
+    assert comparison["verdict"] in card and comparison["n"] == 32
     assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png"}
-    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 80
-    assert len(read_lines(run / "base/generations.jsonl")) == 80 and "unparseable answers" in card
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 32
+    assert len(read_lines(run / "base/generations.jsonl")) == 32 and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
