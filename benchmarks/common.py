@@ -4,6 +4,8 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
+
 from medmcqa_lora.training import git_commit, hardware, versions
 
 
@@ -22,6 +24,17 @@ def timed(run) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def allocated_on_cpu(run) -> int:
+    """The most bytes that were allocated at once during `run`, by torch's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = top = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top
 
 
 def spread(values: list[float]) -> dict:

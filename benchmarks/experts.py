@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from common import allocated_on_cpu
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import NemotronHConfig
@@ -83,17 +84,6 @@ def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tenso
     found = [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
     model.zero_grad()
     return found
-
-
-def allocated_on_cpu(run) -> int:
-    """The most bytes that were allocated at once during `run`, by torch's own account."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = top = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
 
 
 def peak(run, device: str) -> int:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common import allocated_on_cpu
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -127,17 +128,6 @@ class Watch(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
 
-def allocated_at_once(run) -> int:
-    """The most bytes that `run` had allocated at a time on the CPU, by torch's own account."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = top = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
-
-
 def measure(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> dict:
     """Predicted and measured GiB of one configuration."""
     recipe, lengths, cuda = make_recipe(case, folder, toy, steps, seed), row_lengths(case, toy), torch.cuda.is_available()
@@ -160,7 +150,7 @@ def measure(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> dict:
             trainer.train()
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = allocated_at_once(trainer.train) + total * 4 + trainable * 4
+            peak = allocated_on_cpu(trainer.train) + total * 4 + trainable * 4
     except torch.OutOfMemoryError as e:
         return found | dict(out_of_memory=str(e).split(". ")[0], peak_gib=None)
     spent = [b - a for a, b in zip(watch.ends, watch.ends[1:])]

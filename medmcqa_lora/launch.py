@@ -7,19 +7,19 @@ __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_pro
            'join_world', 'wait_for_all', 'end_with_parent', 'record_failure', 'failure_text', 'worker', 'LaunchError',
            'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #f0c0b291
+# %% ../nbs/05_launch.ipynb #94b6d67f
 import json, logging, os, shutil, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .recipe import Recipe, shipped
-from .files import write_json
+from .files import check_writable, write_json
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
     "A fresh folder's name under `_runs/` of the current folder."
     return f"_runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-# %% ../nbs/05_launch.ipynb #87e797f0
+# %% ../nbs/05_launch.ipynb #08991278
 def check_folder(folder: Path, # where a run is to be written
                  resume: bool # it holds one already, which goes on
                 ) -> None:
@@ -27,9 +27,7 @@ def check_folder(folder: Path, # where a run is to be written
     if folder.exists() and not folder.is_dir(): raise ValueError(f"--out {folder}: is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume: raise ValueError(f"--out {folder}: holds another run; name a new folder, or go on with --resume")
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
-    above = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts
-    except OSError as e: raise ValueError(f"--out {folder}: {above} is not writable ({e.strerror}); choose another folder") from None
+    check_writable(folder, next(p for p in [folder, *folder.absolute().parents] if p.exists()))
 
 # %% ../nbs/05_launch.ipynb #ff34e6be
 def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str: # a warning, or ""

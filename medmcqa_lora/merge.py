@@ -9,7 +9,7 @@ __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'b
            'whole_folder', 'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm',
            'vllm_tensors', 'vllm_config', 'export_card', 'export_adapter']
 
-# %% ../nbs/02c_merge.ipynb #24fae09b
+# %% ../nbs/02c_merge.ipynb #64b956eb
 import copy, itertools, json, math, os, re, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.std import tqdm
-from .files import bar_columns, write_whole
+from .files import bar_columns, check_writable, write_whole
 from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
 from .recipe import nearest
 
@@ -93,13 +93,12 @@ def delta_of(name: str, layer: nn.Module # PEFT's layer and its name
         return None if getattr(inner, "is_transposed", False) else Delta(f"{of}.{layer.parameter_name}", experts=experts, **about)
     return Delta(f"{of}.weight", experts=0, **about) if type(inner) is nn.Linear and "default" in layer.lora_A else None
 
-# %% ../nbs/02c_merge.ipynb #b227e9c3
+# %% ../nbs/02c_merge.ipynb #821cb011
 def read_deltas(adapter: Path, # an adapter/ folder
-                tuned: nn.Module # from `check_adapter`
+                tuned: nn.Module # from `check_adapter`, of an adapter that passed `check_kind`
                ) -> dict[str, Delta]: # parameter's name -> what changes it
     "All that an adapter changes; raises `ValueError` if something in it can't be merged."
     from peft.tuners.lora.layer import LoraLayer
-    check_plain(adapter, tuned.peft_config["default"])
     layers = {n: delta_of(n, m) for n, m in tuned.named_modules() if isinstance(m, LoraLayer)}
     deltas = {d.name: d for d in layers.values() if d}
     tied = getattr(tuned.get_base_model(), "all_tied_weights_keys", None) or {}
@@ -118,14 +117,16 @@ def factors(file, # an adapter's, from `safe_open`
     experts = delta.experts or 1
     return a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) * delta.scale
 
-# %% ../nbs/02c_merge.ipynb #aa50c1a7
+# %% ../nbs/02c_merge.ipynb #30dad82b
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
+
 def check_finite(adapter: Path) -> None:
     "Raises `ValueError` if an adapter holds a number that is not finite."
     from safetensors import safe_open
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         for name in file.keys():
             dtype = file.get_slice(name).get_dtype()
-            if dtype not in ("F64", "F32", "BF16", "F16"): raise ValueError(f"adapter {adapter}: {name} is {dtype}, not a float; save it in float32 or bfloat16")
+            if dtype not in DTYPES: raise ValueError(f"adapter {adapter}: {name} is {dtype}, not a float; save it in float32 or bfloat16")
             if not file.get_tensor(name).isfinite().all(): raise ValueError(f"adapter {adapter}: {name} is not finite: its training diverged; take an earlier checkpoint")
 
 # %% ../nbs/02c_merge.ipynb #030cf2ef
@@ -196,9 +197,7 @@ def read_parts(files: list[Path], tuned: nn.Module # from `weight_files`, from `
     for key in sorted((k for k, (_, share) in named.items() if share), key=dot_natural_key): stacks.setdefault(named[key][0], {})[key] = len(stacks.get(named[key][0], ()))
     return [Part(f, k, named[k][0], stacks[named[k][0]][k] if named[k][1] else None, v["dtype"], tuple(v["shape"]), v["data_offsets"][0]) for f, t in tables.items() for k, v in t.items()]
 
-# %% ../nbs/02c_merge.ipynb #51b7b0df
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
-
+# %% ../nbs/02c_merge.ipynb #17415a71
 def merged(weight: Tensor, # (out, in)
            a: Tensor, # (r, in)
            b: Tensor # (out, r), scaled
@@ -232,16 +231,14 @@ def merge_file(source: Path, target: Path, # a shard, and the copy to make
                 size = math.prod(p.shape[-2:]) * DTYPES[p.dtype].itemsize
                 for i, e in enumerate(range(len(a)) if p.expert is None else [p.expert]): overwrite(f, p.begin + i * size, p.shape[-2:], DTYPES[p.dtype], a[e], b[e])
 
-# %% ../nbs/02c_merge.ipynb #4a1bf929
+# %% ../nbs/02c_merge.ipynb #0727b63b
 def check_new(out: Path # where a folder is to be written
              ) -> None:
     "Raises `ValueError` if `out` can't be a new folder."
     if out.resolve() == Path.cwd(): raise ValueError(f"--out {out}: is the folder you are in; name a new folder inside it")
     if out.is_symlink() or os.path.ismount(out): raise ValueError(f"--out {out}: is a {'link' if out.is_symlink() else 'mount point'}, which a finished folder can't replace; name a new folder inside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out {out}: is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
-    above = next(p for p in out.absolute().parents if p.exists())
-    try: tempfile.TemporaryFile(dir=above).close()  # permission bits say little: root, read-only mounts
-    except OSError as e: raise ValueError(f"--out {out}: {above} is not writable ({e.strerror}); choose another folder") from None
+    check_writable(out, next(p for p in out.absolute().parents if p.exists()))
 
 # %% ../nbs/02c_merge.ipynb #e63031ad
 def check_room(out: Path, need: int # bytes

@@ -323,7 +323,7 @@ def group_of(name: str, # full name of a module or parameter
     if kind == "moe": return "shared_experts" if ".shared_experts" in name else "routed_experts" if ".experts" in name else "router" if "gate" in name else "other"
     return kind
 
-# %% ../nbs/02_model.ipynb #e371d29e
+# %% ../nbs/02_model.ipynb #4fcace12
 @dataclass(frozen=True)
 class Matrix:
     "A weight that LoRA could change."
@@ -333,6 +333,10 @@ class Matrix:
     kind: str  # of block
     shape: tuple[int, ...]  # (out, in), or (experts, out, in)
     fused: bool  # a parameter, not a module
+
+    def rank(self, recipe: Recipe) -> int: return recipe.lora_r_experts if self.fused and recipe.lora_r_experts else recipe.lora_r  # of LoRA's A and B
+
+    def trainable(self, recipe: Recipe) -> int: return self.rank(recipe) * sum(self.shape[-2:]) * (self.shape[0] if self.fused else 1)  # parameters of A and B
 
 # %% ../nbs/02_model.ipynb #218f7003
 def list_matrices(model: nn.Module # may live on the meta device
@@ -502,7 +506,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in
 # %% ../nbs/02_model.ipynb #625d5cc0
 KIND_COLOURS = {"mamba": "tab:blue", "moe": "tab:orange", "attention": "tab:green", "mlp": "tab:purple", "attention + mlp": "tab:cyan"}
 
-# %% ../nbs/02_model.ipynb #75059f2b
+# %% ../nbs/02_model.ipynb #ed80cd72
 def block_table(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe) -> pd.DataFrame: # block, kind, parameters, trainable
     "Each block's parameters and what LoRA would train in it, counted from the shapes."
@@ -511,9 +515,7 @@ def block_table(model: nn.Module, # without LoRA; may live on the meta device
     parameters, kinds, trainable = Counter(), {}, Counter()
     for name, p in model.named_parameters():
         if found := layer.search(name): parameters[int(found[1])] += p.numel(); kinds.setdefault(int(found[1]), set()).add(block_kind(name, model.config))
-    for m in chosen:
-        rank = recipe.lora_r_experts if m.fused and recipe.lora_r_experts else recipe.lora_r
-        trainable[int(layer.search(m.name)[1])] += rank * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
+    for m in chosen: trainable[int(layer.search(m.name)[1])] += m.trainable(recipe)
     return pd.DataFrame([dict(block=i, kind=" + ".join(sorted(kinds[i] - {"other"})) or "other", parameters=n, trainable=trainable[i]) for i, n in sorted(parameters.items())])
 
 # %% ../nbs/02_model.ipynb #57d1593f

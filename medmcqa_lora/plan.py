@@ -38,7 +38,7 @@ def epoch_tokens(recipe: Recipe) -> tuple[int, int]: # rows and tokens of an epo
     rows = min(rows, recipe.max_rows or rows)
     return round(rows * sum(lengths.values())), round(rows * sum(k * v for k, v in lengths.items()))
 
-# %% ../nbs/02d_plan.ipynb #8a9471a5
+# %% ../nbs/02d_plan.ipynb #3349042d
 def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples in one row
                       ) -> tuple[int, int]: # tokens of the usual micro-batch and of the largest, padding included
     "Tokens that pass through the model at once."
@@ -46,7 +46,8 @@ def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples i
     share = np.zeros(max(lengths) + 1)
     share[list(lengths)] = np.array(list(lengths.values())) / sum(lengths.values())
     if not packed: return round(batch * (1 - share.cumsum() ** batch).sum()), batch * max(lengths)
-    mean, variance = (share * np.arange(len(share))).sum(), (share * np.arange(len(share)) ** 2).sum() - (share * np.arange(len(share))).sum() ** 2
+    mean = share @ np.arange(len(share))
+    variance = share @ (np.arange(len(share)) - mean) ** 2
     if batch > 4096: return round(batch * mean), round(batch * mean + 3.72 * math.sqrt(batch * variance))  # a normal distribution by then
     size = 2 ** math.ceil(math.log2(batch * max(lengths) + 1))
     sums = np.fft.irfft(np.fft.rfft(share, size) ** batch, size)
@@ -199,7 +200,7 @@ def count_kept(run, # function without arguments: a forward pass
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): run()
     return sum(ts[0].untyped_storage().nbytes() for at, ts in found.items() if at not in own)
 
-# %% ../nbs/02d_plan.ipynb #eb45a546
+# %% ../nbs/02d_plan.ipynb #7b980d79
 def find_blocks(model: nn.Module, # without LoRA; may live on the meta device
                 recipe: Recipe) -> list[Block] | None: # in order; none for an architecture whose blocks aren't known here
     "The model's blocks, and LoRA in each."
@@ -211,9 +212,8 @@ def find_blocks(model: nn.Module, # without LoRA; may live on the meta device
     for i, m in inside:
         kinds[i] = m.kind if model.config.model_type == "nemotron_h" else "decoder"
         if m.name not in chosen: continue
-        r = recipe.lora_r_experts if m.fused and recipe.lora_r_experts else recipe.lora_r
-        ranks.setdefault(i, {})[m.target] = r
-        trainable[i] += r * (m.shape[-1] + m.shape[-2]) * (m.shape[0] if m.fused else 1)
+        ranks.setdefault(i, {})[m.target] = m.rank(recipe)
+        trainable[i] += m.trainable(recipe)
     return [Block(k, ranks.get(i, {}), trainable[i]) for i, k in sorted(kinds.items())]
 
 # %% ../nbs/02d_plan.ipynb #5e24fac5

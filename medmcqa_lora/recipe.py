@@ -134,12 +134,12 @@ def fits(value, # any object
     if kind in (int, float) and isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind)
 
-# %% ../nbs/00_recipe.ipynb #daaf88fa
+# %% ../nbs/00_recipe.ipynb #1b525f8a
 POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit",
             "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience")
 
-LARGEST = {int: 1_000_000, float: 1_000_000.0}  # of any number here but the seed; beyond, libraries overflow one by one
+LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow one by one
 
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
@@ -159,7 +159,7 @@ RULES = (  # key, holds, what to do
     ("dtype", lambda r: r.backend != "unsloth" or r.dtype != "float32", "float32 is not what unsloth trains in; use bfloat16"),
 )
 
-# %% ../nbs/00_recipe.ipynb #4b4e0f29
+# %% ../nbs/00_recipe.ipynb #8e452ad7
 def problems(recipe: Recipe) -> list[str]: # one sentence a problem; empty: usable
     "Everything that is wrong with a recipe."
     values = vars(recipe)
@@ -167,7 +167,7 @@ def problems(recipe: Recipe) -> list[str]: # one sentence a problem; empty: usab
     if bad: return bad  # the rules below take the types for granted
     number = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     bad += [f"{k} = {v} is not finite" for k, v in number.items() if not math.isfinite(v)]
-    bad += [f"{k} = {v} is beyond any use; the largest is {LARGEST[type(v)]:,}" for k, v in number.items() if math.isfinite(v) and v > (2**32 - 1 if k == "seed" else LARGEST[type(v)])]
+    bad += [f"{k} = {v} is beyond any use; the largest is {LARGEST.get(k, 10**6):,}" for k, v in number.items() if math.isfinite(v) and v > LARGEST.get(k, 10**6)]
     bad += [f"{k} = {number[k]} must be above 0" for k in POSITIVE if k in number and number[k] <= 0]
     bad += [f"{k} = {number[k]} must not be negative" for k in NOT_NEGATIVE if k in number and number[k] < 0]
     return bad + [f"{k} {remedy}" for k, holds, remedy in RULES if not holds(recipe)]

@@ -48,6 +48,17 @@ def smollm2() -> str:
         pytest.skip(f"SmolLM2-135M can't be had here: {e}")
 
 
+@pytest.fixture
+def one_thread():
+    """Sharing out small matrices slows them down, on a busy machine many times over."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, the installed one: playwright's own is not downloaded."""

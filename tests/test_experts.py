@@ -20,16 +20,7 @@ from medmcqa_lora.recipe import Recipe, load_recipe
 
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"
 logging.disable_progress_bar()
-pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # they do match: names of fused parameters
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sharing out matrices this small slows them down, on a busy machine many times over."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")]  # they do match: names of fused parameters
 
 
 def recipe(*targets, r=4, **settings):

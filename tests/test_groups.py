@@ -13,16 +13,8 @@ from medmcqa_lora.model import GROUPS, TOY, attach_lora, block_table, group_of, 
 from medmcqa_lora.recipe import Recipe, load_recipe, shipped
 
 logging.disable_progress_bar()
-pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # they do match: names of fused parameters
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")]  # they do match: names of fused parameters
 R, EXPERTS = 4, TOY["n_routed_experts"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def recipe(*groups, **settings):

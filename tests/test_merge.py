@@ -25,17 +25,9 @@ from medmcqa_lora.model import TOY, attach_lora, load_model, resolve_model, save
 from medmcqa_lora.recipe import Recipe
 
 logging.disable_progress_bar()
-pytestmark = [pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 GROUPS = ["attention", "mamba_in", "shared_experts", "routed_experts", "mlp"]
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fill(model, std=0.05):

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, sampled
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
+from benchmarks.common import allocated_on_cpu
 from medmcqa_lora.experts import undo_grouped_experts, use_grouped_experts
 from medmcqa_lora.model import attach_lora, planned_model
 from medmcqa_lora.plan import (
@@ -29,17 +30,6 @@ NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
 EIGHTH = dict(vocab_size=64, hidden_size=336, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=320, mamba_num_heads=8, mamba_head_dim=64,
               ssm_state_size=64, n_groups=2, conv_kernel=4, chunk_size=32, n_routed_experts=16, num_experts_per_tok=6, moe_intermediate_size=232,
               moe_shared_expert_intermediate_size=464)  # the 30B model's widths, an eighth of them
-
-
-def allocated_at_once(run) -> int:
-    """The most bytes that `run` had allocated at a time, by torch's own account."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = top = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
 
 
 CASES = [(pattern, targets, dtype, checkpointing, grouped)
@@ -69,7 +59,7 @@ def test_predicted_peak_is_what_is_allocated(pattern, targets, dtype, checkpoint
 
     step()  # gradients exist from now on
     predicted, _ = activation_peak(base.config, blocks, Pass(2, 256, half=dtype == torch.bfloat16, fused=False, grouped=grouped, wide=False), checkpointing, logits=0, accumulated=True)
-    assert predicted / allocated_at_once(step) == pytest.approx(1, abs=0.1)
+    assert predicted / allocated_on_cpu(step) == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture(scope="module")
