@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['GROUPED_TYPES', 'sort_by_expert', 'can_group', 'grouped_loop', 'grouped', 'expert_linear', 'expert_linear_grad',
-           'weighted_relu2', 'weighted_relu2_grad', 'combine', 'GroupedExperts', 'unwrap', 'lora_factors',
-           'grouped_forward', 'can_replace', 'is_grouped', 'expert_modules', 'use_grouped_experts',
-           'undo_grouped_experts', 'grouped_experts']
+           'GroupedExperts', 'unwrap', 'lora_factors', 'grouped_forward', 'can_replace', 'is_grouped', 'expert_modules',
+           'use_grouped_experts', 'undo_grouped_experts', 'grouped_experts']
 
-# %% ../nbs/02a_experts.ipynb #3ca55d7b
+# %% ../nbs/02a_experts.ipynb #87cac933
 from contextlib import contextmanager
 from types import MethodType
 from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from .fused import combine, relu2, relu2_grad
 
-# %% ../nbs/02a_experts.ipynb #7afc4ae6
+# %% ../nbs/02a_experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
                    experts: int # E
                   ) -> tuple[Tensor, Tensor, Tensor]: # order (S,), its inverse (S,), row where each expert ends (E,) int32; S = T·k
     "The order of slots by expert: slot `order[i]` stands in row i, and slot j in row `inverse[j]`."
     slots = index.reshape(-1)
-    order = slots.argsort(stable=True)
+    if experts <= 256: slots = slots.to(torch.uint8)  # a radix sort of one pass
+    slots, order = slots.sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(slots[order], torch.arange(experts, device=order.device), right=True, out_int32=True)
+    ends = torch.searchsorted(slots, torch.arange(experts, device=order.device, dtype=slots.dtype), right=True, out_int32=True)
     return order, inverse, ends
 
 # %% ../nbs/02a_experts.ipynb #3916ee4c
@@ -87,32 +88,7 @@ def expert_linear_grad(g: Tensor, # (S, out) gradient of y
     if wanted: dx.add_(grouped(u, a, ends))
     return dx, grouped(u.mT, x, ends), grouped(t.mT, g, ends)
 
-# %% ../nbs/02a_experts.ipynb #535a201a
-def weighted_relu2(h: Tensor, # (S, width) pre-activation
-                   w: Tensor # (S, 1) routing weight
-                  ) -> Tensor: # (S, width), of h's type
-    "w · relu(h)²: the activation of Nemotron-H's experts with the routing weight folded in."
-    return F.relu(h).square_().mul_(w)
-
-def weighted_relu2_grad(h: Tensor, # (S, width) pre-activation
-                        w: Tensor, # (S, 1) routing weight
-                        g: Tensor # (S, width) gradient of the result; overwritten
-                       ) -> tuple[Tensor, Tensor]: # of h (S, width), of w (S,)
-    "The gradients of `weighted_relu2`."
-    r = F.relu(h)
-    dw = r.square().mul_(g).sum(-1, dtype=w.dtype)
-    return g.mul_(r).mul_(2 * w), dw
-
-# %% ../nbs/02a_experts.ipynb #f2eae8fe
-def combine(rows: Tensor, # (S, N) sorted by expert
-            inverse: Tensor, # (S,) row of each slot
-            k: int, # slots a token
-            dtype: torch.dtype # of the result
-           ) -> Tensor: # (T, N)
-    "The sum of each token's k rows."
-    return rows[inverse].view(-1, k, rows.shape[-1]).sum(1, dtype=dtype)
-
-# %% ../nbs/02a_experts.ipynb #09fcbf3b
+# %% ../nbs/02a_experts.ipynb #81064313
 class GroupedExperts(torch.autograd.Function):
     "All routed experts of a block: up, relu², routing weight, down, sum; gradients for the input, the routing weights and LoRA's factors."
     @staticmethod
@@ -132,7 +108,7 @@ class GroupedExperts(torch.autograd.Function):
         ctx.k, ctx.dtype = weights.shape[1], x.dtype
         w = weights.reshape(-1, 1)[order]
         h, t_up = expert_linear(x.to(up.dtype)[order // ctx.k], up, a_up, b_up, ends)
-        y, t_down = expert_linear(weighted_relu2(h, w), down, a_down, b_down, ends)
+        y, t_down = expert_linear(relu2(h, w), down, a_down, b_down, ends)
         ctx.save_for_backward(None if a_up is None else x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends)
         return combine(y, inverse, ctx.k, x.dtype)
 
@@ -143,10 +119,10 @@ class GroupedExperts(torch.autograd.Function):
                 ) -> tuple: # a gradient or none for each argument of `forward`
         x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends = ctx.saved_tensors
         token = order // ctx.k
-        def act(): return None if a_down is None else weighted_relu2(h, w)  # made where they are used, freed after it
+        def act(): return None if a_down is None else relu2(h, w)  # made where they are used, freed after it
         def xs(): return None if a_up is None else x.to(up.dtype)[token]
         da, da_down, db_down = expert_linear_grad(g.to(up.dtype)[token], act(), t_down, down, a_down, b_down, ends)
-        dh, dw = weighted_relu2_grad(h, w, da)
+        dh, dw = relu2_grad(h, w, da)
         dx, da_up, db_up = expert_linear_grad(dh, xs(), t_up, up, a_up, b_up, ends, ctx.needs_input_grad[0])
         dx = None if dx is None else combine(dx, inverse, ctx.k, ctx.dtype)
         return dx, dw[inverse].view(-1, ctx.k), None, None, da_up, db_up, da_down, db_down, None, None, None

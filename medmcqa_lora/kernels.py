@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'INSTALL', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kernel', 'missing_kernels', 'lacking', 'check_kernels',
-           'packing_collator', 'spread', 'isolated_forward', 'can_use_varlen', 'varlen_attention', 'check_padding',
-           'before_pass', 'keep_apart', 'packing_errors', 'kept_apart', 'choose_packing', 'describe_kernels']
+           'packing_collator', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'varlen_attention',
+           'check_padding', 'before_pass', 'keep_apart', 'packing_errors', 'kept_apart', 'choose_packing',
+           'describe_kernels']
 
 # %% ../nbs/02b_kernels.ipynb #41961b5d
 import functools, importlib, importlib.util, inspect, os, sys
@@ -84,8 +85,21 @@ def spread(x: Tensor, # (B, T, D) rows of several examples each
     mask = torch.zeros(shape, dtype=torch.long, device=x.device).index_put((row, column), torch.ones_like(row))
     return x.new_zeros(*shape, x.shape[-1]).index_put((row, column), x.flatten(0, 1)), mask, (row, column)
 
-# %% ../nbs/02b_kernels.ipynb #e64b9424
+# %% ../nbs/02b_kernels.ipynb #3f2d9cbb
 PACKED_CACHE = "packed rows in a pass with a cache: the state behind a row is its last example's alone; pass use_cache=False, or generate from one example a row"
+
+def lean_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
+                 hidden_states: Tensor, # (B, T, hidden)
+                 attention_mask: Tensor | None, # (B, T)
+                 seq_idx: Tensor | None # (B, T) the example each token belongs to
+                ) -> Tensor: # (B, T, hidden)
+    "The fused Mamba block with its output projection outside: a frozen one gets no gradient there, and scoring is fused, too."
+    code = importlib.import_module(type(self).__module__)
+    x = self.in_proj(code.apply_mask_to_padding_states(hidden_states, attention_mask))
+    y = code.mamba2_split_conv1d_scan_combined(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, -torch.exp(self.A_log.float()), D=self.D,
+        chunk_size=self.chunk_size, seq_idx=seq_idx, activation=self.activation, rmsnorm_weight=self.norm.weight, rmsnorm_eps=self.norm.variance_epsilon,
+        headdim=self.head_dim, ngroups=self.n_groups, norm_before_gate=False, return_final_states=False, dt_limit=self.time_step_limit)
+    return self.out_proj(y.to(hidden_states.dtype))
 
 def isolated_forward(self, # a `NemotronHMamba2Mixer`
                      hidden_states: Tensor, # (B, T, hidden)
@@ -97,6 +111,7 @@ def isolated_forward(self, # a `NemotronHMamba2Mixer`
     "The Mamba block's forward in which examples of one row don't meet, on every path."
     original = functools.partial(type(self).forward, self)
     if seq_idx is not None and cache_params is not None: raise ValueError(PACKED_CACHE)
+    if cache_params is None and getattr(self, "lean", False) and hidden_states.is_cuda and not missing_kernels(): return lean_forward(self, hidden_states, attention_mask, seq_idx)
     if seq_idx is None: return original(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     if hidden_states.is_cuda and not missing_kernels(): return original(hidden_states, attention_mask=attention_mask, seq_idx=seq_idx, **kwargs)
     apart, mask, place = spread(hidden_states, seq_idx)
@@ -142,7 +157,7 @@ def check_padding(mask: Tensor, # (B, T), 0 where padded
     side, use = ("right", "left; with use_cache=False, right padding is what is wanted") if cached else ("left", "right")
     raise ValueError(f"padding on the {side} of {int((at == 0).sum())} of {len(mask)} rows in a pass {'with' if cached else 'without'} a cache: it would enter the Mamba state; pad on the {use}")
 
-# %% ../nbs/02b_kernels.ipynb #c72e325c
+# %% ../nbs/02b_kernels.ipynb #1ace404c
 def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something is added
     "A forward pre-hook: choose the attention function, tell Mamba where examples begin, refuse padding that would change an answer."
     config, mask, positions = decoder.config, kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -158,7 +173,7 @@ def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: 
     if positions is not None: return args, kwargs | {"seq_idx": (positions == 0).cumsum(-1, dtype=torch.int32)}  # as TRL's padding-free collator leaves it
 
 def keep_apart(model: nn.Module, # a causal language model of transformers, without LoRA; changed in place
-               use_varlen: bool = True # variable-length attention where it can run; else always a mask
+               fast: bool = True # variable-length attention and the lean Mamba block where they can run; else always a mask, and transformers' own
               ) -> nn.Module: # the same
     "Examples of a row don't meet in this model, and padding that would change an answer is refused."
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -166,10 +181,10 @@ def keep_apart(model: nn.Module, # a causal language model of transformers, with
     AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)  # no mask is built
     decoder = model.base_model
     if hasattr(decoder, "use_varlen"): return model
-    decoder.use_varlen, decoder.attention = use_varlen, decoder.config._attn_implementation
+    decoder.use_varlen, decoder.attention = fast, decoder.config._attn_implementation
     decoder.register_forward_pre_hook(before_pass, with_kwargs=True)
     for m in model.modules():
-        if type(m).__name__ == "NemotronHMamba2Mixer": m.forward = MethodType(isolated_forward, m)
+        if type(m).__name__ == "NemotronHMamba2Mixer": m.forward, m.lean = MethodType(isolated_forward, m), fast
     return model
 
 # %% ../nbs/02b_kernels.ipynb #1ba8b524

@@ -6,11 +6,11 @@
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
            'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'is_nano', 'load_config',
-           'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
-           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
+           'randomise', 'speed_up', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table',
+           'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
            'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #48deba61
+# %% ../nbs/02_model.ipynb #1a443a4b
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
 from .experts import is_grouped, use_grouped_experts
+from .fused import fuse, is_fused
 from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
 # %% ../nbs/02_model.ipynb #5d165acc
@@ -284,7 +285,13 @@ def _make_random(recipe: Recipe) -> nn.Module:
     model.config._name_or_path = recipe.model
     return model
 
-# %% ../nbs/02_model.ipynb #0f44a110
+# %% ../nbs/02_model.ipynb #c6d6309b
+def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
+            ) -> None:
+    "Give a model the project's fast forwards, where they compute what its own do."
+    use_grouped_experts(model)
+    fuse(model)
+
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
@@ -297,7 +304,7 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe)
     if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
-    if recipe.backend == "hf" and recipe.fast != "off": use_grouped_experts(model)
+    if recipe.backend == "hf" and recipe.fast != "off": speed_up(model)
     return model.eval()
 
 # %% ../nbs/02_model.ipynb #78e61890
@@ -393,7 +400,7 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #0597e7af
+# %% ../nbs/02_model.ipynb #6bda0f25
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
@@ -401,7 +408,7 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
     with own_generator():
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
-    if recipe.fast != "off": use_grouped_experts(tuned)
+    if recipe.fast != "off": speed_up(tuned)
     return tuned
 
 # %% ../nbs/02_model.ipynb #2cf92498
@@ -494,13 +501,13 @@ def check_adapter(folder: Path, # an adapter/ folder
     if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
     return tuned
 
-# %% ../nbs/02_model.ipynb #c924fbfa
+# %% ../nbs/02_model.ipynb #c31933af
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
     "Put a saved adapter on its base model."
     from peft import PeftModel
-    fast = any(map(is_grouped, model.modules()))
+    fast = any(is_grouped(m) or is_fused(m) for m in model.modules())
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
-    if fast: use_grouped_experts(tuned)
+    if fast: speed_up(tuned)
     return tuned
 
 # %% ../nbs/02_model.ipynb #625d5cc0
