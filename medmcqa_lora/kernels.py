@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KERNELS', 'INSTALL', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kernel', 'missing_kernels', 'lacking', 'check_kernels',
            'packing_collator', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'varlen_attention',
-           'check_padding', 'before_pass', 'keep_apart', 'packing_errors', 'kept_apart', 'choose_packing',
-           'describe_kernels']
+           'check_padding', 'before_pass', 'keep_apart', 'first_blocks', 'neighbour_effect', 'packing_errors',
+           'kept_apart', 'choose_packing', 'describe_kernels']
 
 # %% ../nbs/02b_kernels.ipynb #41961b5d
 import functools, importlib, importlib.util, inspect, os, sys
@@ -187,7 +187,7 @@ def keep_apart(model: nn.Module, # a causal language model of transformers, with
         if type(m).__name__ == "NemotronHMamba2Mixer": m.forward, m.lean = MethodType(isolated_forward, m), fast
     return model
 
-# %% ../nbs/02b_kernels.ipynb #1ba8b524
+# %% ../nbs/02b_kernels.ipynb #bae6d930
 def _logits(model: nn.Module, last: int, **batch) -> Tensor:
     device = next(model.parameters()).device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
@@ -195,20 +195,44 @@ def _logits(model: nn.Module, last: int, **batch) -> Tensor:
 
 def _apart(a: Tensor, b: Tensor) -> float: return float((a - b).norm() / b.norm())
 
+def first_blocks(model: nn.Module # a causal language model
+                ) -> list[nn.Module]: # none where there is no list of layers
+    "The first block of each kind, kinds told apart by the classes within."
+    layers = next((m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] == "layers" and isinstance(m, nn.ModuleList)), [])
+    return list({tuple(type(m).__name__ for m in block.modules()): block for block in reversed(layers)}.values())
+
+@torch.no_grad()
+def neighbour_effect(model: nn.Module, # a causal language model
+                     rows: list[list[int]] # two examples' token ids
+                    ) -> float: # the largest of the kinds of blocks, relative
+    "How much what a block adds to the second example changes with the numbers in the first one's place."
+    border, given = len(rows[0]), []
+    hooks = [b.register_forward_pre_hook(lambda b, args, kwargs: given.append((b, args, kwargs)), with_kwargs=True) for b in first_blocks(model)]
+    _logits(model, slice(None), **packing_collator()([{"input_ids": r, "labels": r} for r in rows]))
+    for h in hooks: h.remove()
+    def added(block, args, kwargs, x):
+        y = block(x, *args[1:], **kwargs) if args else block(**kwargs | {"hidden_states": x})
+        return ((y[0] if isinstance(y, tuple) else y) - x)[:, border:].float()
+    worst = 0.0
+    for block, args, kwargs in given:
+        x = args[0] if args else kwargs["hidden_states"]
+        other = torch.cat([x[:, :border].flip(-1), x[:, border:]], 1)
+        worst = max(worst, _apart(added(block, args, kwargs, other), added(block, args, kwargs, x)))
+    return worst if given else float("inf")
+
 @torch.no_grad()
 def packing_errors(model: nn.Module, # a causal language model
                    rows: list[list[int]] # two examples' token ids
-                  ) -> dict[str, float]: # neighbour, packed, padded: relative differences of logits
-    "How much the second example's logits change with its neighbour's tokens, by being packed, and by padding behind it."
-    was, (first, second), vocabulary = model.training, rows, model.config.vocab_size
+                  ) -> dict[str, float]: # neighbour, packed, padded: relative differences
+    "How much a block's output changes with a neighbour, and the logits by packing and by padding behind the example."
+    was, (first, second) = model.training, rows
     model.train()
-    def packed(*rows): return _logits(model, slice(-len(second), None), **packing_collator()([{"input_ids": r, "labels": r} for r in rows]))
-    one, other = packed(first, second), packed([(i + 1) % vocabulary for i in first], second)
+    neighbour, packed = neighbour_effect(model, rows), _logits(model, slice(-len(second), None), **packing_collator()([{"input_ids": r, "labels": r} for r in rows]))
     alone = _logits(model, slice(None), input_ids=torch.tensor([second]))
     ids, mask = torch.tensor([second + first]), torch.tensor([[1] * len(second) + [0] * len(first)])
     padded = _logits(model, slice(len(second)), input_ids=ids, attention_mask=mask)
     model.train(was)
-    return dict(neighbour=_apart(other, one), packed=_apart(one, alone), padded=_apart(padded, alone))
+    return dict(neighbour=neighbour, packed=_apart(packed, alone), padded=_apart(padded, alone))
 
 # %% ../nbs/02b_kernels.ipynb #95998454
 def kept_apart(errors: dict[str, float], # from `packing_errors`
@@ -217,7 +241,7 @@ def kept_apart(errors: dict[str, float], # from `packing_errors`
     "Whether a neighbour changes nothing, and packing no more than rounding does."
     return errors["neighbour"] <= (1e-2 if half else 1e-4) and errors["packed"] <= max(0.1 if half else 1e-3, 3 * errors["padded"])
 
-# %% ../nbs/02b_kernels.ipynb #2fd9bbeb
+# %% ../nbs/02b_kernels.ipynb #fe1c9a26
 def choose_packing(model: nn.Module, # a causal language model, with or without LoRA
                    rows, # training examples: {input_ids, labels}
                    recipe: Recipe) -> tuple[bool, str]: # whether to pack, and why
@@ -228,7 +252,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     else:
         errors = packing_errors(model, [rows[i]["input_ids"] for i in (0, 1)])
         found = kept_apart(errors, next(model.parameters()).dtype in (torch.bfloat16, torch.float16))
-        why = f"relative change of an example's logits with its neighbour {errors['neighbour']:.0e}, by packing {errors['packed']:.0e}, by padding {errors['padded']:.0e}"
+        why = f"relative change of a block's output with a neighbour {errors['neighbour']:.0e}, of the logits by packing {errors['packed']:.0e}, by padding {errors['padded']:.0e}"
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
