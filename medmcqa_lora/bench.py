@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAMBA_PACKAGES', 'HF', 'OURS', 'VARIANTS', 'LENGTHS', 'KINDS', 'CALLS', 'Variant', 'check_variants', 'Load',
-           'check_load', 'examples_a_step', 'variant_recipe', 'hide_packages', 'make_lengths', 'make_rows',
-           'batch_sizes', 'passed_parameters', 'count_flops', 'kind_of', 'on_gpu', 'timed_names', 'by_kind',
-           'count_calls', 'allocated_peak', 'read_profile', 'synchronise', 'compiled_graphs', 'Clock', 'spread',
-           'speed', 'bytes_of', 'memory_by_part', 'bench_training', 'bench_scoring', 'cut_model', 'measure', 'reason',
-           'worker', 'run_variant', 'cell', 'table_row', 'markdown', 'kernel_frame', 'kernel_rows', 'plot_kernels',
-           'describe_bench', 'run_bench']
+           'check_load', 'examples_a_step', 'variant_recipe', 'hide_packages', 'check_hidden', 'make_lengths',
+           'make_rows', 'batch_sizes', 'passed_parameters', 'count_flops', 'kind_of', 'on_gpu', 'timed_names',
+           'by_kind', 'count_calls', 'allocated_peak', 'read_profile', 'synchronise', 'compiled_graphs', 'Clock',
+           'spread', 'speed', 'bytes_of', 'memory_by_part', 'bench_training', 'bench_scoring', 'cut_model', 'measure',
+           'reason', 'worker', 'run_variant', 'busy', 'cell', 'table_row', 'markdown', 'kernel_frame', 'kernel_rows',
+           'plot_kernels', 'describe_bench', 'run_bench']
 
-# %% ../nbs/05a_bench.ipynb #5020e5c9
+# %% ../nbs/05a_bench.ipynb #f1f25e32
 import json, math, os, random, re, statistics, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -26,12 +26,12 @@ from .recipe import Recipe, check_recipe, nearest, shipped
 from .data import Encoded, encode_questions, load_questions
 from .evaluation import length_batches, letter_logprobs
 from .files import append_line, check_writable, save_figure, write_json, write_whole
-from .kernels import choose_packing, describe_kernels, missing_kernels
-from .launch import end_with_parent
+from .kernels import INSTALL, choose_packing, describe_kernels, missing_kernels
+from .launch import check_recipe_here, end_with_parent
 from .model import attach_lora, group_of, list_matrices, load_config, load_model, load_tokenizer
 from .training import git_commit, hardware, make_trainer, versions
 
-# %% ../nbs/05a_bench.ipynb #5a662dca
+# %% ../nbs/05a_bench.ipynb #4edec986
 @dataclass(frozen=True)
 class Variant:
     "One way to train and score the same questions."
@@ -40,15 +40,16 @@ class Variant:
     rows: int | None = None  # examples of a step; none: as many as come to the tokens asked for
     hidden: tuple[str, ...] = ()  # packages that its process can't import
     experts: bool = False  # LoRA on the routed experts, too
+    fused: bool = False  # is pointless on a GPU without Mamba kernels
 
-# %% ../nbs/05a_bench.ipynb #127614e4
+# %% ../nbs/05a_bench.ipynb #e76febe4
 MAMBA_PACKAGES = ("mamba_ssm", "causal_conv1d", "kernels")  # where transformers looks for fused kernels
 HF = dict(backend="hf", fast="off", packing="off", gradient_checkpointing=True)
 OURS = dict(backend="hf", fast="auto", packing="auto", gradient_checkpointing=False)
 
 VARIANTS = {
     "plain": Variant("transformers and PEFT, no Mamba kernels, 16 padded rows, checkpointing", HF, 16, MAMBA_PACKAGES),
-    "kernels": Variant("plain with Mamba kernels", HF, 16),
+    "kernels": Variant("plain with Mamba kernels", HF, 16, fused=True),
     "ours": Variant("kernels, grouped experts, packing, no checkpointing", OURS),
     "ours-experts": Variant("ours with LoRA on routed experts", OURS, experts=True),
     "ours-checkpointing": Variant("ours with checkpointing", OURS | dict(gradient_checkpointing=True)),
@@ -113,6 +114,15 @@ def hide_packages(names: tuple[str, ...] # top-level packages, not imported yet
         def find_spec(cls, name, path=None, target=None): return None if name.partition(".")[0] in names else PathFinder.find_spec(name, path, target)
     sys.meta_path[:] = [Hiding if f is PathFinder else f for f in sys.meta_path]
 
+# %% ../nbs/05a_bench.ipynb #1818db2d
+def check_hidden(variant: Variant, model_type: str # from the model's configuration
+                ) -> None:
+    "Raises `ValueError` if a variant would measure something other than its name says."
+    if not (variant.hidden or variant.fused) or not torch.cuda.is_available() or model_type != "nemotron_h": return
+    missing = missing_kernels()
+    if variant.hidden and not missing: raise ValueError("the Mamba kernels could not be hidden from transformers, so this would not be plain")
+    if variant.fused and missing: raise ValueError(f"{' and '.join(missing)} missing: {'; '.join(INSTALL[m] for m in missing)}")
+
 # %% ../nbs/05a_bench.ipynb #833b69fb
 def make_lengths(load: Load, own: list[int], # tokens of the recipe's own rows
                  seed: int # of the order
@@ -175,12 +185,12 @@ def kind_of(name: str # of a kernel, or a PyTorch operator
     "What a kernel does."
     return next((kind for kind, expression in KINDS.items() if re.search(expression, name, re.IGNORECASE)), "other")
 
-# %% ../nbs/05a_bench.ipynb #8bc64ef8
+# %% ../nbs/05a_bench.ipynb #8e0b60b5
 def on_gpu(event) -> bool: # of kineto
     "Whether an event is a kernel, a copy or a filling on a GPU; marks that merely span kernels are not."
     if event.device_type() != torch.autograd.DeviceType.CUDA: return False
     kind = event.activity_type() if hasattr(event, "activity_type") else "gpu_user_annotation" if event.is_user_annotation() else "kernel"
-    return kind in ("kernel", "concurrent_kernel", "gpu_memcpy", "gpu_memset")
+    return any(w in kind for w in ("kernel", "memcpy", "memset"))
 
 def timed_names(profile # a `torch.profiler.profile` that has ended
                ) -> dict[str, tuple[float, int]]: # name -> seconds, calls
@@ -200,7 +210,7 @@ def by_kind(names: dict[str, tuple[float, int]], steps: int # from `timed_names`
         found[kind_of(name)]["calls"] += calls / steps
     return {k: {n: round(x, 4) for n, x in v.items()} for k, v in found.items() if v["calls"]}
 
-# %% ../nbs/05a_bench.ipynb #489264b8
+# %% ../nbs/05a_bench.ipynb #1fc44340
 CALLS = {"launches": r"^cu(da)?(Graph)?Launch", "synchronisations": r"^cu(da)?(Stream|Device|Event|Ctx)Synchronize", "copies to the host": r"^Memcpy DtoH"}
 
 def count_calls(names: list[str], # of all events
@@ -217,11 +227,12 @@ def allocated_peak(profile # a `torch.profiler.profile` with profile_memory that
         top = max(top, now)
     return top
 
-def read_profile(profile, steps: int) -> dict: # kinds, calls, top: the 25 names that take most
-    "What a profile says, a step."
-    names, cuda = timed_names(profile), torch.cuda.is_available()
+def read_profile(profile, steps: int) -> dict: # kinds, calls (none without a GPU), top: the 25 names that take most
+    "What a profile says, a step; without the one synchronisation that ends it."
+    names, events = timed_names(profile), [e.name() for e in profile.profiler.kineto_results.events()]
+    if "cudaDeviceSynchronize" in events: events.remove("cudaDeviceSynchronize")
     top = sorted(names.items(), key=lambda item: -item[1][0])[:25]
-    return dict(kinds=by_kind(names, steps), calls=count_calls([e.name() for e in profile.profiler.kineto_results.events()], steps) if cuda else None,
+    return dict(kinds=by_kind(names, steps), calls=count_calls(events, steps) if torch.cuda.is_available() else None,
                 top=[dict(name=n[:300], kind=kind_of(n), ms=round(1e3 * s / steps, 4), calls=c / steps) for n, (s, c) in top])
 
 # %% ../nbs/05a_bench.ipynb #3b76a190
@@ -282,7 +293,7 @@ def memory_by_part(model: nn.Module, trainer, clock: Clock) -> dict: # GiB: weig
     parts = dict(weights=fixed, adapter_gradients_optimizer=adapter + gradients, activations=peak - fixed - adapter - gradients, peak=peak)
     return {k: round(v / 2**30, 5) for k, v in parts.items()}
 
-# %% ../nbs/05a_bench.ipynb #532355ff
+# %% ../nbs/05a_bench.ipynb #3e58ca81
 def bench_training(model: nn.Module, tokenizer, rows: list[dict], # with LoRA; examples of all steps
                    recipe: Recipe, load: Load, packed: bool, parameters: tuple[int, int]) -> dict: # from `choose_packing`, `passed_parameters`
     "Time, memory and kernels of training steps."
@@ -293,10 +304,11 @@ def bench_training(model: nn.Module, tokenizer, rows: list[dict], # with LoRA; e
         trainer.args.train_sampling_strategy, trainer.args.save_strategy = "sequential", "no"
         trainer.add_callback(clock)
         loss = trainer.train().training_loss
-        real, computed = ([t[i] for i in range(load.warmup, load.warmup + load.steps)] for t in batch_sizes(lengths, recipe.per_device_train_batch_size, load.total, packed))
-        found = speed(clock.seconds, real, [count_flops(parameters, t, recipe.per_device_train_batch_size, True) for t in real], load.peak)
-        return found | dict(examples=recipe.per_device_train_batch_size, tokens=spread(real), waste=round(1 - sum(real) / sum(computed), 4), loss=loss, memory_gib=memory_by_part(model, trainer, clock),
-                            profile=read_profile(clock.profile, load.profiled), graphs=dict(warmup=clock.graphs[0], timed=clock.graphs[1] - clock.graphs[0]))
+        rows, timed = recipe.per_device_train_batch_size, slice(load.warmup, load.warmup + load.steps)
+        real, computed = batch_sizes(lengths, rows, load.total, packed)
+        found = speed(clock.seconds, real[timed], [count_flops(parameters, t, rows, True) for t in real[timed]], load.peak)
+        return found | dict(examples=rows, tokens=spread(real[timed]), waste=round(1 - sum(real[timed]) / sum(computed[timed]), 4), loss=loss, memory_gib=memory_by_part(model, trainer, clock),
+                            profile=read_profile(clock.profile, load.profiled) | dict(tokens=statistics.mean(real[timed.stop:])), graphs=dict(warmup=clock.graphs[0], timed=clock.graphs[1] - clock.graphs[0]))
 
 # %% ../nbs/05a_bench.ipynb #75fa5c2c
 def bench_scoring(model: nn.Module, rows: list[dict], pad: int, # examples; id of the padding token
@@ -327,7 +339,7 @@ def cut_model(recipe: Recipe, layers: int, # blocks
     config.save_pretrained(folder)
     return replace(recipe, model=str(folder), weights="random", tokenizer=recipe.tokenizer or recipe.model)
 
-# %% ../nbs/05a_bench.ipynb #0c13c142
+# %% ../nbs/05a_bench.ipynb #84f6d2d8
 def measure(recipe: Recipe, name: str, # of VARIANTS
             load: Load, folder: Path # for a cut model's configuration
            ) -> dict: # recipe, parameters_passed, kernels, training, scoring
@@ -339,8 +351,8 @@ def measure(recipe: Recipe, name: str, # of VARIANTS
     own = encode_questions(load_questions(recipe.data, recipe.train_split, recipe.label_base, limit=recipe.max_rows or 5000, training=True).questions, tokenizer, recipe).rows
     stream, lengths = [i for r in own for i in r["input_ids"]], make_lengths(load, [len(r["input_ids"]) for r in own], recipe.seed)
     recipe = variant_recipe(recipe, name, examples_a_step(variant, lengths, load.tokens), load)
+    check_hidden(variant, load_config(recipe.model).model_type)
     model = load_model(recipe)
-    if variant.hidden and not missing_kernels(): raise RuntimeError("the Mamba kernels could not be hidden")
     rows = make_rows(list(islice(cycle(lengths), recipe.per_device_train_batch_size * load.total)), stream, model.config.vocab_size)
     parameters, packing = passed_parameters(model), choose_packing(model, rows, recipe)
     tuned = attach_lora(model, recipe)
@@ -348,7 +360,7 @@ def measure(recipe: Recipe, name: str, # of VARIANTS
     training = bench_training(tuned, tokenizer, rows, recipe, load, packing[0], parameters)
     return known | dict(training=training, scoring=bench_scoring(tuned, rows, tokenizer.pad_token_id, recipe, load, parameters))
 
-# %% ../nbs/05a_bench.ipynb #cbecd150
+# %% ../nbs/05a_bench.ipynb #3b0275dc
 def reason(e: BaseException) -> str: # one line
     "Why a variant didn't run."
     text = " ".join(str(e).split())
@@ -364,7 +376,7 @@ def worker(job_file: str # written by `run_variant`
     except Exception as e:
         traceback.print_exc()
         found = dict(failed=reason(e))
-    write_json(Path(job["result"]), found)
+    write_json(Path(job["result"]), dict(hardware=hardware(), versions=versions()) | found)
 
 # %% ../nbs/05a_bench.ipynb #b15f4f15
 def run_variant(recipe: Recipe, name: str, load: Load, # of VARIANTS
@@ -379,7 +391,13 @@ def run_variant(recipe: Recipe, name: str, load: Load, # of VARIANTS
     last = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["it printed nothing"]
     return dict(failed=f"the process ended with {done.returncode}: {last[0][:300]}")
 
-# %% ../nbs/05a_bench.ipynb #9211fba8
+# %% ../nbs/05a_bench.ipynb #e66e16bf
+def busy(training: dict # from `bench_training`
+        ) -> float: # share
+    "The share of a timed step in which kernels run: their time a token in the profile, over the time a token."
+    profile = training["profile"]
+    return sum(k["ms"] for k in profile["kinds"].values()) / 1e3 / profile["tokens"] * training["tokens_per_s"]["median"]
+
 def cell(s: dict | None, form: str) -> str: # a spread; such as ",.0f"
     "A median with its range."
     return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})" if s else ""
@@ -391,7 +409,7 @@ def table_row(found: dict) -> dict[str, str]: # column -> text
     calls = t["profile"]["calls"] or {}
     return {"variant": found["variant"], "training, tokens/s": cell(t["tokens_per_s"], ",.0f"), "share of peak": cell(t["share_of_peak"], ".1%"), "s a step": cell(t["seconds"], ".4g"), "tokens a step": f"{t['tokens']['median']:,.0f}", "padding": f"{t['waste']:.0%}",
             "peak GiB": f"{m['peak']:.4g}", "weights": f"{m['weights']:.4g}", "adapter, gradients, optimizer": f"{m['adapter_gradients_optimizer']:.4g}", "activations": f"{m['activations']:.4g}",
-            "launches a step": f"{calls['launches']:,.0f}" if calls else "", "synchronisations": f"{calls['synchronisations']:,.0f}" if calls else "", "scoring, tokens/s": cell(s["tokens_per_s"], ",.0f"), "scoring, share of peak": cell(s["share_of_peak"], ".1%")}
+            "GPU busy": f"{busy(t):.0%}" if calls else "", "launches a step": f"{calls['launches']:,.0f}" if calls else "", "synchronisations": f"{calls['synchronisations']:,.0f}" if calls else "", "scoring, tokens/s": cell(s["tokens_per_s"], ",.0f"), "scoring, share of peak": cell(s["share_of_peak"], ".1%")}
 
 def markdown(rows: list[dict[str, str]]) -> str: # a table
     "Rows as a Markdown table; a column that is empty everywhere is left out."
@@ -399,10 +417,10 @@ def markdown(rows: list[dict[str, str]]) -> str: # a table
     def line(values): return f"| {' | '.join(str(v).replace('|', '/') for v in values)} |"
     return "\n".join([line(columns), line(["---"] * len(columns)), *(line([r.get(c, "") for c in columns]) for r in rows)])
 
-# %% ../nbs/05a_bench.ipynb #8c018b1f
+# %% ../nbs/05a_bench.ipynb #50dc3a52
 def kernel_frame(results: list[dict]) -> pd.DataFrame: # variant, kind, ms: per 1,000 real tokens
     "Time by what kernels do, of each variant that ran."
-    return pd.DataFrame([dict(variant=r["variant"], kind=k, ms=1e3 * v["ms"] / r["training"]["tokens"]["median"]) for r in results if "training" in r for k, v in r["training"]["profile"]["kinds"].items()], columns=["variant", "kind", "ms"])
+    return pd.DataFrame([dict(variant=r["variant"], kind=k, ms=1e3 * v["ms"] / r["training"]["profile"]["tokens"]) for r in results if "training" in r for k, v in r["training"]["profile"]["kinds"].items()], columns=["variant", "kind", "ms"])
 
 def kernel_rows(results: list[dict]) -> list[dict[str, str]]: # for `markdown`
     "A line a kind of kernel: milliseconds per 1,000 tokens and share, by variant."
@@ -427,10 +445,10 @@ def plot_kernels(results: list[dict] # lines of results.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/05a_bench.ipynb #3aee1fc4
+# %% ../nbs/05a_bench.ipynb #9113732a
 def describe_bench(results: list[dict]) -> str: # Markdown
     "The tables of a benchmark."
-    ran, first = [r for r in results if "training" in r], results[0]
+    ran, first = [r for r in results if "training" in r], next((r for r in results if "hardware" in r), results[0] | dict(hardware=dict(cores=os.cpu_count(), gpus=[])))
     gpus = [g["name"] for g in first["hardware"]["gpus"]]
     where = f"{first['hardware']['cores']} CPU cores (no share of peak, no launches)" if not gpus else f"{gpus[0]}, peak taken as {first['load']['peak']:g} TFLOP/s"
     head = f"{first['model']}; {where}; commit {first['commit'][:12] or 'unknown'}, {first['date']}, seed {first['seed']}; median (least to most) of {first['load']['steps']} steps after {first['load']['warmup']}"
@@ -438,7 +456,7 @@ def describe_bench(results: list[dict]) -> str: # Markdown
     if ran: parts += ["Milliseconds per 1,000 real tokens of training, by what kernels do:", markdown(kernel_rows(ran))]
     return "\n\n".join(parts)
 
-# %% ../nbs/05a_bench.ipynb #37af18b3
+# %% ../nbs/05a_bench.ipynb #8fbfb8a1
 def run_bench(recipe: Recipe, names: list[str], load: Load, # of VARIANTS
               out: Path, # gets results.jsonl, table.md, kernels.png and a log a variant
               say=print # told about each variant
@@ -447,8 +465,10 @@ def run_bench(recipe: Recipe, names: list[str], load: Load, # of VARIANTS
     names, load = check_variants(names), check_load(load)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out}: is a file; name a folder")
     check_writable(out, next(p for p in [out, *out.absolute().parents] if p.exists()))
+    with tempfile.TemporaryDirectory() as folder:  # what all variants need
+        check_recipe_here(replace(cut_model(recipe, load.layers, Path(folder)) if load.layers else recipe, backend="hf", fast="auto"))
     out.mkdir(parents=True, exist_ok=True)
-    common, results = dict(model=recipe.model, seed=recipe.seed, load=asdict(load), commit=git_commit(), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions()), []
+    common, results = dict(model=recipe.model, seed=recipe.seed, load=asdict(load), commit=git_commit(), date=time.strftime("%Y-%m-%d")), []  # this process asks nothing of the GPU: its memory is the variants'
     for name in names:
         say(f"{name}: {VARIANTS[name].what}")
         results.append(dict(variant=name, what=VARIANTS[name].what) | common | run_variant(recipe, name, load, out / f"{name}.log"))
