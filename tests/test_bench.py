@@ -19,7 +19,9 @@ def benched(tmp_path_factory):
     from medmcqa_lora.cli import main
 
     out = tmp_path_factory.mktemp("bench") / "out"
-    main([str(w) for w in ("bench", "--variants", "plain,ours,unsloth", *SMALL, "--layers", 4, "-p", "lora_targets", "attention,mamba_in,shared_experts", "--out", out)])
+    with pytest.raises(SystemExit) as ended:
+        main([str(w) for w in ("bench", "--variants", "plain,ours,unsloth", *SMALL, "--layers", 4, "-p", "lora_targets", "attention,mamba_in,shared_experts", "--out", out)])
+    assert ended.value.code == 0
     return out, {r["variant"]: r for r in read_lines(out / "results.jsonl")}
 
 
