@@ -64,7 +64,7 @@ def check_variants(names: list[str] # as the command has them; none: all
         if n not in VARIANTS: raise ValueError(f"--variants {n}: there is no such variant{nearest(n, VARIANTS)} (there are {', '.join(VARIANTS)})")
     return list(dict.fromkeys(names)) or list(VARIANTS)
 
-# %% ../nbs/05a_bench.ipynb #b38097ba
+# %% ../nbs/05a_bench.ipynb #26a5e77c
 @dataclass(frozen=True)
 class Load:
     "How much of what a variant does."
@@ -79,6 +79,7 @@ class Load:
     @property
     def total(self) -> int: return self.warmup + self.steps + self.profiled  # training steps
 
+# %% ../nbs/05a_bench.ipynb #79bc6df3
 LENGTHS = ("medmcqa", "data")  # the real questions' by the shipped histogram; the recipe's own rows'
 
 def check_load(load: Load) -> Load: # the same
@@ -88,13 +89,14 @@ def check_load(load: Load) -> Load: # the same
     if load.lengths not in LENGTHS: raise ValueError(f"--lengths {load.lengths}: is not one of {', '.join(LENGTHS)}")
     return load
 
-# %% ../nbs/05a_bench.ipynb #19d8a9f5
+# %% ../nbs/05a_bench.ipynb #26b24c1c
 def examples_a_step(variant: Variant, lengths: list[int], # tokens of examples, in order
                     tokens: int # asked for
                    ) -> int:
     "Examples of a micro-batch."
     return variant.rows or max(1, round(tokens / statistics.mean(lengths)))
 
+# %% ../nbs/05a_bench.ipynb #8f434444
 def variant_recipe(recipe: Recipe, name: str, # of VARIANTS
                    rows: int, load: Load) -> Recipe: # examples of a step; how many steps
     "The recipe that a variant runs; raises `RecipeError` where it can't be."
@@ -123,7 +125,7 @@ def check_hidden(variant: Variant, model_type: str # from the model's configurat
     if variant.hidden and not missing: raise ValueError("the Mamba kernels could not be hidden from transformers, so this would not be plain")
     if variant.fused and missing: raise ValueError(f"{' and '.join(missing)} missing: {'; '.join(INSTALL[m] for m in missing)}")
 
-# %% ../nbs/05a_bench.ipynb #833b69fb
+# %% ../nbs/05a_bench.ipynb #2d264905
 def make_lengths(load: Load, own: list[int], # tokens of the recipe's own rows
                  seed: int # of the order
                 ) -> list[int]: # tokens of examples
@@ -132,6 +134,7 @@ def make_lengths(load: Load, own: list[int], # tokens of the recipe's own rows
     lengths = own if load.lengths == "data" else [k for k, v in counts.items() for _ in range(v)]
     return random.Random(seed).sample(lengths, len(lengths))
 
+# %% ../nbs/05a_bench.ipynb #693be4fa
 def make_rows(lengths: list[int], stream: list[int], # token ids of real text
               vocabulary: int # of the model; ids are taken modulo it
              ) -> list[dict]: # of {input_ids, labels}, the last token alone supervised
@@ -148,7 +151,7 @@ def batch_sizes(lengths: list[int], rows: int, steps: int, # examples of a step
     steps = [lengths[i * rows:(i + 1) * rows] for i in range(steps)]
     return [sum(s) for s in steps], [sum(s) if packed else len(s) * max(s) for s in steps]
 
-# %% ../nbs/05a_bench.ipynb #39aed1d0
+# %% ../nbs/05a_bench.ipynb #cee9218d
 def passed_parameters(model: nn.Module # without LoRA; may live on the meta device
                      ) -> tuple[int, int]: # in the blocks; of the output layer
     "Matrix parameters that a token passes: of routed experts the top k alone."
@@ -157,13 +160,14 @@ def passed_parameters(model: nn.Module # without LoRA; may live on the meta devi
     routers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and group_of(n, model.config) == "router" and n.removesuffix(".weight") not in {m.name for m in matrices})
     return blocks + routers, sum(math.prod(m.shape) for m in matrices if m.name == "lm_head")
 
+# %% ../nbs/05a_bench.ipynb #3b1e2295
 def count_flops(parameters: tuple[int, int], # from `passed_parameters`
                 tokens: int, logits: int, # tokens through the blocks; positions at which logits are needed
                 training: bool) -> int: # else scoring
     "Floating-point operations that a pass needs."
     return (4 if training else 2) * (parameters[0] * tokens + parameters[1] * logits)
 
-# %% ../nbs/05a_bench.ipynb #7f8ae72e
+# %% ../nbs/05a_bench.ipynb #fd1efda5
 KINDS = {  # group -> regular expression, the first that is found
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather",
     "optimizer": r"multi_tensor_apply|adam|_foreach|lpnorm|clip_grad",
@@ -180,18 +184,20 @@ KINDS = {  # group -> regular expression, the first that is found
     "elementwise": r"elementwise|triton_poi|vectorized|aten::(_?unsafe_)?(add|sub|rsub|mul|div|neg|exp|log|pow|square|sqrt|reciprocal|relu|silu|sigmoid|softplus|tanh|where|eq|ne|lt|gt|le|ge|clamp|clamp_min|bitwise_and|bitwise_not|threshold_backward|silu_backward|sigmoid_backward|softplus_backward|masked_fill|tril|triu|addcmul|addcdiv|lerp|abs|isfinite|isnan|sign|log1p|cos|sin|maximum|minimum|logical_and|logical_not|segment_reduce)_?$",
 }
 
+# %% ../nbs/05a_bench.ipynb #05f2bbe5
 def kind_of(name: str # of a kernel, or a PyTorch operator
            ) -> str: # a key of KINDS, or "other"
     "What a kernel does."
     return next((kind for kind, expression in KINDS.items() if re.search(expression, name, re.IGNORECASE)), "other")
 
-# %% ../nbs/05a_bench.ipynb #8e0b60b5
+# %% ../nbs/05a_bench.ipynb #c77bf984
 def on_gpu(event) -> bool: # of kineto
     "Whether an event is a kernel, a copy or a filling on a GPU; marks that merely span kernels are not."
     if event.device_type() != torch.autograd.DeviceType.CUDA: return False
     kind = event.activity_type() if hasattr(event, "activity_type") else "gpu_user_annotation" if event.is_user_annotation() else "kernel"
     return any(w in kind for w in ("kernel", "memcpy", "memset"))
 
+# %% ../nbs/05a_bench.ipynb #c85e6f48
 def timed_names(profile # a `torch.profiler.profile` that has ended
                ) -> dict[str, tuple[float, int]]: # name -> seconds, calls
     "Time by kernel; where there is no GPU, by operator without the operators in it."
@@ -201,6 +207,7 @@ def timed_names(profile # a `torch.profiler.profile` that has ended
     for n, s in found: seconds[n] += s
     return {n: (seconds[n], calls[n]) for n in calls}
 
+# %% ../nbs/05a_bench.ipynb #c8aa1988
 def by_kind(names: dict[str, tuple[float, int]], steps: int # from `timed_names`, of so many steps
            ) -> dict[str, dict]: # kind -> ms and calls a step
     "Time by what kernels do."
@@ -210,7 +217,7 @@ def by_kind(names: dict[str, tuple[float, int]], steps: int # from `timed_names`
         found[kind_of(name)]["calls"] += calls / steps
     return {k: {n: round(x, 4) for n, x in v.items()} for k, v in found.items() if v["calls"]}
 
-# %% ../nbs/05a_bench.ipynb #1fc44340
+# %% ../nbs/05a_bench.ipynb #e3af30d7
 CALLS = {"launches": r"^cu(da)?(Graph)?Launch", "synchronisations": r"^cu(da)?(Stream|Device|Event|Ctx)Synchronize", "copies to the host": r"^Memcpy DtoH"}
 
 def count_calls(names: list[str], # of all events
@@ -218,6 +225,7 @@ def count_calls(names: list[str], # of all events
     "Launches, synchronisations and copies to the host."
     return {k: round(sum(bool(re.search(e, n)) for n in names) / steps, 1) for k, e in CALLS.items()}
 
+# %% ../nbs/05a_bench.ipynb #b7ac2749
 def allocated_peak(profile # a `torch.profiler.profile` with profile_memory that has ended
                   ) -> int: # bytes
     "The most bytes that were allocated at once on top of those at its start."
@@ -227,6 +235,7 @@ def allocated_peak(profile # a `torch.profiler.profile` with profile_memory that
         top = max(top, now)
     return top
 
+# %% ../nbs/05a_bench.ipynb #579413d0
 def read_profile(profile, steps: int) -> dict: # kinds, calls (none without a GPU), top: the 25 names that take most
     "What a profile says, a step; without the one synchronisation that ends it."
     names, events = timed_names(profile), [e.name() for e in profile.profiler.kineto_results.events()]
@@ -235,15 +244,17 @@ def read_profile(profile, steps: int) -> dict: # kinds, calls (none without a GP
     return dict(kinds=by_kind(names, steps), calls=count_calls(events, steps) if torch.cuda.is_available() else None,
                 top=[dict(name=n[:300], kind=kind_of(n), ms=round(1e3 * s / steps, 4), calls=c / steps) for n, (s, c) in top])
 
-# %% ../nbs/05a_bench.ipynb #3b76a190
+# %% ../nbs/05a_bench.ipynb #71a281c1
 def synchronise() -> None:
     "Wait for the GPU, where there is one."
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
+# %% ../nbs/05a_bench.ipynb #b86c8e29
 def compiled_graphs() -> int: # so far, in this process
     "Graphs that torch.compile has made."
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo.utils" in sys.modules else 0
 
+# %% ../nbs/05a_bench.ipynb #fde1dca5
 class Clock(TrainerCallback):
     "The end of each timed step, the peak of memory in them, and a profile of the steps after them."
     def __init__(self, load: Load): self.load, self.ends, self.peak, self.graphs, self.profile = load, [], None, [], None
@@ -265,11 +276,12 @@ class Clock(TrainerCallback):
     @property
     def seconds(self) -> list[float]: return [b - a for a, b in zip(self.ends[self.load.warmup - 1:], self.ends[self.load.warmup:])]  # of timed steps
 
-# %% ../nbs/05a_bench.ipynb #87fb8f29
+# %% ../nbs/05a_bench.ipynb #aae89a4e
 def spread(values: list[float]) -> dict: # median, min, max, n
     "A median and its range."
     return dict(median=float(f"{statistics.median(values):.5g}"), min=float(f"{min(values):.5g}"), max=float(f"{max(values):.5g}"), n=len(values))
 
+# %% ../nbs/05a_bench.ipynb #201d50b2
 def speed(seconds: list[float], tokens: list[int], flops: list[int], # of each step
           peak: float # TFLOP/s
          ) -> dict: # seconds, tokens_per_s, share_of_peak (none without a GPU)
@@ -277,11 +289,12 @@ def speed(seconds: list[float], tokens: list[int], flops: list[int], # of each s
     share = spread([f / s / peak / 1e12 for f, s in zip(flops, seconds)]) if torch.cuda.is_available() else None
     return dict(seconds=spread(seconds), tokens_per_s=spread([t / s for t, s in zip(tokens, seconds)]), share_of_peak=share)
 
-# %% ../nbs/05a_bench.ipynb #5591df96
+# %% ../nbs/05a_bench.ipynb #c7a249a2
 def bytes_of(tensors) -> int: # of tensors, each storage once
     "What tensors take."
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
+# %% ../nbs/05a_bench.ipynb #7c8ccbac
 def memory_by_part(model: nn.Module, trainer, clock: Clock) -> dict: # GiB: weights, adapter with gradients and optimizer, activations, peak
     "Peak memory of the timed steps and what it consists of; on a CPU, of the profiled ones, by torch's account."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -360,13 +373,14 @@ def measure(recipe: Recipe, name: str, # of VARIANTS
     training = bench_training(tuned, tokenizer, rows, recipe, load, packing[0], parameters)
     return known | dict(training=training, scoring=bench_scoring(tuned, rows, tokenizer.pad_token_id, recipe, load, parameters))
 
-# %% ../nbs/05a_bench.ipynb #3b0275dc
+# %% ../nbs/05a_bench.ipynb #1cd12e9e
 def reason(e: BaseException) -> str: # one line
     "Why a variant didn't run."
     text = " ".join(str(e).split())
     if isinstance(e, torch.OutOfMemoryError): return f"out of memory: {text.split('. ')[0]}"
     return (text if isinstance(e, ValueError) else f"{type(e).__name__}: {text}")[:400]
 
+# %% ../nbs/05a_bench.ipynb #2003bfd8
 def worker(job_file: str # written by `run_variant`
           ) -> None:
     "Measure a job's variant in this process; writes the result, or the reason why there is none."
@@ -391,17 +405,19 @@ def run_variant(recipe: Recipe, name: str, load: Load, # of VARIANTS
     last = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["it printed nothing"]
     return dict(failed=f"the process ended with {done.returncode}: {last[0][:300]}")
 
-# %% ../nbs/05a_bench.ipynb #e66e16bf
+# %% ../nbs/05a_bench.ipynb #d4edd40a
 def busy(training: dict # from `bench_training`
         ) -> float: # share
     "The share of a timed step in which kernels run: their time a token in the profile, over the time a token."
     profile = training["profile"]
     return sum(k["ms"] for k in profile["kinds"].values()) / 1e3 / profile["tokens"] * training["tokens_per_s"]["median"]
 
+# %% ../nbs/05a_bench.ipynb #30a43996
 def cell(s: dict | None, form: str) -> str: # a spread; such as ",.0f"
     "A median with its range."
-    return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})" if s else ""
+    return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})" if s else ''
 
+# %% ../nbs/05a_bench.ipynb #4b5f1781
 def table_row(found: dict) -> dict[str, str]: # column -> text
     "A variant's line of the table."
     if "failed" in found: return {"variant": found["variant"], "training, tokens/s": f"not run: {found['failed']}"}
@@ -411,17 +427,19 @@ def table_row(found: dict) -> dict[str, str]: # column -> text
             "peak GiB": f"{m['peak']:.4g}", "weights": f"{m['weights']:.4g}", "adapter, gradients, optimizer": f"{m['adapter_gradients_optimizer']:.4g}", "activations": f"{m['activations']:.4g}",
             "GPU busy": f"{busy(t):.0%}" if calls else "", "launches a step": f"{calls['launches']:,.0f}" if calls else "", "synchronisations": f"{calls['synchronisations']:,.0f}" if calls else "", "scoring, tokens/s": cell(s["tokens_per_s"], ",.0f"), "scoring, share of peak": cell(s["share_of_peak"], ".1%")}
 
+# %% ../nbs/05a_bench.ipynb #cc13e30f
 def markdown(rows: list[dict[str, str]]) -> str: # a table
     "Rows as a Markdown table; a column that is empty everywhere is left out."
     columns = [c for c in dict.fromkeys(k for r in rows for k in r) if any(r.get(c) for r in rows)]
     def line(values): return f"| {' | '.join(str(v).replace('|', '/') for v in values)} |"
     return "\n".join([line(columns), line(["---"] * len(columns)), *(line([r.get(c, "") for c in columns]) for r in rows)])
 
-# %% ../nbs/05a_bench.ipynb #50dc3a52
+# %% ../nbs/05a_bench.ipynb #368cdac6
 def kernel_frame(results: list[dict]) -> pd.DataFrame: # variant, kind, ms: per 1,000 real tokens
     "Time by what kernels do, of each variant that ran."
     return pd.DataFrame([dict(variant=r["variant"], kind=k, ms=1e3 * v["ms"] / r["training"]["profile"]["tokens"]) for r in results if "training" in r for k, v in r["training"]["profile"]["kinds"].items()], columns=["variant", "kind", "ms"])
 
+# %% ../nbs/05a_bench.ipynb #b95a2429
 def kernel_rows(results: list[dict]) -> list[dict[str, str]]: # for `markdown`
     "A line a kind of kernel: milliseconds per 1,000 tokens and share, by variant."
     frame = kernel_frame(results)
@@ -429,6 +447,7 @@ def kernel_rows(results: list[dict]) -> list[dict[str, str]]: # for `markdown`
     def text(variant, kind): return " ".join(f"{x:.3g} ({x / whole[variant]:.0%})" for x in frame[(frame.variant == variant) & (frame.kind == kind)].ms)
     return [{"what kernels do": kind, **{v: text(v, kind) for v in dict.fromkeys(frame.variant)}} for kind in (*KINDS, "other") if kind in set(frame.kind)]
 
+# %% ../nbs/05a_bench.ipynb #b9c78ac1
 def plot_kernels(results: list[dict] # lines of results.jsonl
                 ) -> Figure: # a bar a variant
     "What each variant's time goes to."
