@@ -464,21 +464,22 @@ def plot_kernels(results: list[dict] # lines of results.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/05a_bench.ipynb #9113732a
+# %% ../nbs/05a_bench.ipynb #682ecbe6
 def describe_bench(results: list[dict]) -> str: # Markdown
     "The tables of a benchmark."
     ran, first = [r for r in results if "training" in r], next((r for r in results if "hardware" in r), results[0] | dict(hardware=dict(cores=os.cpu_count(), gpus=[])))
     gpus = [g["name"] for g in first["hardware"]["gpus"]]
     where = f"{first['hardware']['cores']} CPU cores (no share of peak, no launches)" if not gpus else f"{gpus[0]}, peak taken as {first['load']['peak']:g} TFLOP/s"
-    head = f"{first['model']}; {where}; commit {first['commit'][:12] or 'unknown'}, {first['date']}, seed {first['seed']}; median (least to most) of {first['load']['steps']} steps after {first['load']['warmup']}"
+    head = f"{first['model']}; {where}; commit {first['commit'][:12] or 'unknown'}{' with changes' * first['commit'].endswith('+changes')}, {first['date']}, seed {first['seed']}; median (least to most) of {first['load']['steps']} steps after {first['load']['warmup']}"
     parts = [head, markdown([table_row(r) for r in results])]
     if ran: parts += ["Milliseconds per 1,000 real tokens of training, by what kernels do:", markdown(kernel_rows(ran))]
     return "\n\n".join(parts)
 
-# %% ../nbs/05a_bench.ipynb #8fbfb8a1
+# %% ../nbs/05a_bench.ipynb #9f679362
 def run_bench(recipe: Recipe, names: list[str], load: Load, # of VARIANTS
               out: Path, # gets results.jsonl, table.md, kernels.png and a log a variant
-              say=print # told about each variant
+              say=print, # told about each variant
+              commit: str = "" # where there is no git checkout
              ) -> list[dict]: # a result a variant
     "Measure variants one after the other; raises `ValueError` if none could be."
     names, load = check_variants(names), check_load(load)
@@ -487,12 +488,13 @@ def run_bench(recipe: Recipe, names: list[str], load: Load, # of VARIANTS
     with tempfile.TemporaryDirectory() as folder:  # what all variants need
         check_recipe_here(replace(cut_model(recipe, load.layers, Path(folder)) if load.layers else recipe, backend="hf", fast="auto"))
     out.mkdir(parents=True, exist_ok=True)
-    common, results = dict(model=recipe.model, seed=recipe.seed, load=asdict(load), commit=git_commit(), date=time.strftime("%Y-%m-%d")), []  # this process asks nothing of the GPU: its memory is the variants'
+    common, results = dict(model=recipe.model, seed=recipe.seed, load=asdict(load), commit=commit or git_commit(), date=time.strftime("%Y-%m-%d")), []  # this process asks nothing of the GPU: its memory is the variants'
     for name in names:
         say(f"{name}: {VARIANTS[name].what}")
         results.append(dict(variant=name, what=VARIANTS[name].what) | common | run_variant(recipe, name, load, out / f"{name}.log"))
         append_line(out / "results.jsonl", results[-1])
-        say("  " + "; ".join(f"{k} {v}" for k, v in list(table_row(results[-1]).items())[1:4] if v))
+        row = table_row(results[-1])
+        say("  " + ("; ".join(f"{k} {v}" for k, v in list(row.items())[1:4] if v) if "training" in results[-1] else list(row.values())[1]))
     write_whole(out / "table.md", describe_bench(results) + "\n")
     if not (ran := [r for r in results if "training" in r]): raise ValueError(f"no variant ran: {'; '.join(r['variant'] + ': ' + r['failed'] for r in results)[:600]} (logs in {out})")
     save_figure(plot_kernels(ran), out / "kernels.png")

@@ -166,6 +166,7 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
           layers: Annotated[int | None, typer.Option(help="The model's first so many blocks, with random weights.")] = None,
           lengths: Annotated[str, typer.Option(help="medmcqa: the real questions'; data: the recipe's rows'.")] = "medmcqa",
           peak: Annotated[float, typer.Option(help="TFLOP/s of the GPU.")] = 790.0,
+          commit: Annotated[str, typer.Option(help="What to record where there is no git checkout.")] = "",
           out: Annotated[Path | None, typer.Option("--out", help="The output folder; results are added to those in it.")] = None) -> None:
     "Variants side by side, a process each: speed, share of peak, memory, kernels; training and scoring."
     settings = recipe_of(recipe, p)
@@ -173,7 +174,7 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     from medmcqa_lora.launch import new_folder_name
     folder = out or Path(new_folder_name("bench"))
     load = Load(tokens, steps, warmup, profiled, layers, lengths, peak)
-    results = run_bench(settings, [v.strip() for v in variants.split(",") if v.strip()], load, folder, say)
+    results = run_bench(settings, [v.strip() for v in variants.split(",") if v.strip()], load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
 # %% ../nbs/06_cli.ipynb #bcb45f8c
