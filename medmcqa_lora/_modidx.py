@@ -36,6 +36,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.data._nested': ('data.html#_nested', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data._number': ('data.html#_number', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data._parquet_records': ('data.html#_parquet_records', 'medmcqa_lora/data.py'),
+                                   'medmcqa_lora.data._target_labels': ('data.html#_target_labels', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data._text': ('data.html#_text', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data._whole_stream': ('data.html#_whole_stream', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.describe': ('data.html#describe', 'medmcqa_lora/data.py'),

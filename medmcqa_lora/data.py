@@ -371,6 +371,19 @@ def sample_tokenizer(vocab_size: int = 1024 # tokens, at most
     template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right", chat_template=template)
 
+# %% ../nbs/01_data.ipynb #5ad1f3c0
+def _target_labels(encoding, # a `tokenizers.Encoding`
+                   ids: list[int], # its token ids
+                   border: int # characters of the prompt
+                  ) -> list[int]: # -100 but for tokens that end behind the border
+    labels = [-100] * len(ids)
+    for i in reversed(range(len(ids))):
+        span = encoding.token_to_chars(i)
+        if span is None or not span[1]: continue  # BOS or EOS, which are no characters
+        if span[1] <= border: break
+        labels[i] = ids[i]
+    return labels
+
 # %% ../nbs/01_data.ipynb #963b3170
 def encode(prompts: list[str], # N prompts
            targets: list[str], # N targets
@@ -378,9 +391,8 @@ def encode(prompts: list[str], # N prompts
            special: bool = True # add BOS where the model has one; chat templates bring their own
           ) -> list[dict]: # N of {input_ids: (T,), labels: (T,) with -100 on the prompt}
     "Token ids of prompt + target with the target's positions marked."
-    batch = tokenizer([p + t for p, t in zip(prompts, targets)], add_special_tokens=special, return_offsets_mapping=True)
-    def mark(ids, offsets, border): return {"input_ids": ids, "labels": [i if end > border else -100 for i, (_, end) in zip(ids, offsets)]}
-    return [mark(i, o, len(p)) for i, o, p in zip(batch["input_ids"], batch["offset_mapping"], prompts)]
+    batch = tokenizer([p + t for p, t in zip(prompts, targets)], add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)
+    return [{"input_ids": ids, "labels": _target_labels(e, ids, len(p))} for ids, e, p in zip(batch["input_ids"], batch.encodings, prompts)]
 
 # %% ../nbs/01_data.ipynb #8e1d13d1
 def encode_examples(questions: list[Question], tokenizer, recipe: Recipe) -> list[dict]: # of {input_ids, labels}, of any length
