@@ -26,10 +26,11 @@ from .fused import fuse, is_fused
 from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
 # %% ../nbs/02_model.ipynb #5d165acc
-def cache_dir() -> Path: # made if missing
-    "Where converted models are kept; respects XDG_CACHE_HOME."
+def cache_dir(make: bool = True # if missing; else whoever writes there makes it
+             ) -> Path:
+    "Where converted models and encoded rows are kept; respects XDG_CACHE_HOME."
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medmcqa_lora"
-    path.mkdir(parents=True, exist_ok=True)
+    if make: path.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../nbs/02_model.ipynb #30bd5430
