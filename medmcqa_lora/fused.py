@@ -95,7 +95,7 @@ def norm_forward(self, # a `NemotronHRMSNorm`
     if self.weight.requires_grad: return type(self).forward(self, hidden_states)
     return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
-# %% ../nbs/01b_fused.ipynb #bc57e4c8
+# %% ../nbs/01b_fused.ipynb #36e43189
 def product32(a: Tensor, # (M, K)
               b: Tensor # (K, N) of a's type
              ) -> Tensor: # (M, N) float32, or wider
@@ -103,6 +103,7 @@ def product32(a: Tensor, # (M, K)
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16): return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype != torch.float64 else a @ b
 
+# %% ../nbs/01b_fused.ipynb #0cfe439e
 def route(logits: Tensor, # (T, E)
           bias: Tensor, # (E,) added to the scores for the choice alone
           k: int, # experts a token
@@ -134,6 +135,7 @@ def route_grad(logits: Tensor, # (T, E)
     dense = torch.zeros_like(logits).scatter_(1, index, d * s * (1 - s))
     return torch.cat([high := dense.to(dtype), (dense - high.to(dense.dtype)).to(dtype)], 1)
 
+# %% ../nbs/01b_fused.ipynb #3eb0c0aa
 class Router(torch.autograd.Function):
     "Logits, choice and weights of a mixture-of-experts block; the router's weight is frozen."
     @staticmethod
@@ -168,7 +170,7 @@ def router_forward(self, # a `NemotronHTopkRouter`
     x = hidden_states.reshape(-1, self.hidden_dim)
     return Router.apply(x, self.weight, self.e_score_correction_bias, self.top_k, self.routed_scaling_factor, self.norm_topk_prob)
 
-# %% ../nbs/01b_fused.ipynb #cb51b39c
+# %% ../nbs/01b_fused.ipynb #c988d8c9
 class Layer(NamedTuple):
     "A frozen linear layer and what LoRA adds to it."
     weight: Tensor  # (out, in)
@@ -193,6 +195,7 @@ def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
     if rest or drops or name in module.lora_variant or module.lora_B[name].bias is not None: return None
     return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
+# %% ../nbs/01b_fused.ipynb #2514e016
 def linear_forward(x: Tensor, # (N, in), of the weight's type
                    weight: Tensor, # (out, in)
                    a: Tensor | None, # (r, in), of any type
@@ -217,6 +220,7 @@ def linear_grad(g: Tensor, # (N, out)
     if wanted: dx.addmm_(u, a.to(g.dtype))
     return dx, product32(u.T, x).to(a.dtype), (product32(g.T, t) * scale).to(b.dtype)
 
+# %% ../nbs/01b_fused.ipynb #66f47a84
 class LoraFunction(torch.autograd.Function):
     "`linear_forward` with gradients for its input and LoRA's factors."
     @staticmethod
@@ -247,7 +251,7 @@ def lora_forward(self, # PEFT's LoRA around a linear layer
     if layer is None or layer.a is None: return type(self).forward(self, x, *args, **kwargs)
     return LoraFunction.apply(x, layer.weight, layer.a, layer.b, layer.scale)
 
-# %% ../nbs/01b_fused.ipynb #46cd017d
+# %% ../nbs/01b_fused.ipynb #b10ec430
 class SharedExpert(torch.autograd.Function):
     "Up, relu², down, each with LoRA or without."
     @staticmethod
@@ -258,8 +262,8 @@ class SharedExpert(torch.autograd.Function):
                ) -> Tensor: # (…, D), of the weights' type
         h, t_up = linear_forward(x.reshape(-1, x.shape[-1]).to(up.dtype), up, a_up, b_up, s_up)
         y, t_down = linear_forward(relu2(h), down, a_down, b_down, s_down)
-        ctx.save_for_backward(x, h, t_up, t_down, up, a_up, b_up, down, a_down, b_down)
-        ctx.scales = s_up, s_down
+        ctx.save_for_backward(None if a_up is None else x, h, t_up, t_down, up, a_up, b_up, down, a_down, b_down)
+        ctx.scales, ctx.shape, ctx.dtype = (s_up, s_down), x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -271,8 +275,9 @@ class SharedExpert(torch.autograd.Function):
         act = None if a_down is None else relu2(h)
         da, da_down, db_down = linear_grad(g.reshape(-1, g.shape[-1]).contiguous(), act, t_down, down, a_down, b_down, s_down)
         dh, _ = relu2_grad(h, None, da)
-        dx, da_up, db_up = linear_grad(dh, x.reshape(-1, x.shape[-1]).to(up.dtype), t_up, up, a_up, b_up, s_up, ctx.needs_input_grad[0])
-        return None if dx is None else dx.to(x.dtype).view_as(x), None, da_up, db_up, None, None, da_down, db_down, None
+        rows = None if a_up is None else x.reshape(-1, x.shape[-1]).to(up.dtype)
+        dx, da_up, db_up = linear_grad(dh, rows, t_up, up, a_up, b_up, s_up, ctx.needs_input_grad[0])
+        return None if dx is None else dx.to(ctx.dtype).view(ctx.shape), None, da_up, db_up, None, None, da_down, db_down, None
 
 def mlp_forward(self, # a `NemotronHMLP`
                 x: Tensor # (…, D)

@@ -8,13 +8,14 @@ __all__ = ['KERNELS', 'INSTALL', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kerne
            'check_padding', 'before_pass', 'keep_apart', 'first_blocks', 'neighbour_effect', 'packing_errors',
            'kept_apart', 'choose_packing', 'describe_kernels']
 
-# %% ../nbs/02b_kernels.ipynb #41961b5d
+# %% ../nbs/02b_kernels.ipynb #0fb37193
 import functools, importlib, importlib.util, inspect, os, sys
 from types import MethodType, ModuleType
 import torch
 from torch import Tensor, nn
 from .recipe import Recipe
 from .experts import is_grouped
+from .fused import is_fused, use_triton
 
 # %% ../nbs/02b_kernels.ipynb #9ca5f9c4
 def find_mamba_kernels() -> bool: # whether mamba_ssm can be imported now
@@ -187,7 +188,7 @@ def keep_apart(model: nn.Module, # a causal language model of transformers, with
         if type(m).__name__ == "NemotronHMamba2Mixer": m.forward, m.lean = MethodType(isolated_forward, m), fast
     return model
 
-# %% ../nbs/02b_kernels.ipynb #bae6d930
+# %% ../nbs/02b_kernels.ipynb #82ec7289
 def _logits(model: nn.Module, last: int, **batch) -> Tensor:
     device = next(model.parameters()).device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
@@ -220,6 +221,7 @@ def neighbour_effect(model: nn.Module, # a causal language model
         worst = max(worst, _apart(added(block, args, kwargs, other), added(block, args, kwargs, x)))
     return worst if given else float("inf")
 
+# %% ../nbs/02b_kernels.ipynb #b6be4d44
 @torch.no_grad()
 def packing_errors(model: nn.Module, # a causal language model
                    rows: list[list[int]] # two examples' token ids
@@ -256,7 +258,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #643334eb
+# %% ../nbs/02b_kernels.ipynb #1c66babd
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -268,6 +270,9 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         if experts := [m for n, m in model.named_modules() if n.endswith(".experts")]:
             slow = f"; the others as transformers or PEFT computes them ({'fast = off' if recipe.fast == 'off' else recipe.backend if recipe.backend != 'hf' else 'of a form that is not known'})"
             lines.append(f"routed experts: grouped products in {(done := sum(map(is_grouped, experts)))} of {len(experts)} blocks" + slow * (done < len(experts)))
+        fused = sum(map(is_fused, model.modules()))
+        where = "Triton kernels" if use_triton(next(model.parameters())) else "PyTorch's operations: no GPU or no Triton"
+        lines.append("norms, router, shared expert, LoRA layers: " + (f"fused in {fused} modules ({where})" if fused else f"as transformers and PEFT compute them ({'fast = off' if recipe.fast == 'off' else recipe.backend})"))
     varlen = recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)
     kind = "variable-length" if varlen else f"{recipe.attn_implementation} with a block-diagonal mask (variable-length attention needs a GPU from 8.0 on, bfloat16, attn_implementation = sdpa, fast not off)"
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])

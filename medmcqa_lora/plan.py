@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['ROWS', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESERVE', 'question_lengths', 'epoch_tokens', 'micro_batch_tokens',
            'memory_parts', 'Pass', 'lora_kept', 'head_size', 'attention_kept', 'square_copy', 'mlp_kept', 'routed_kept',
-           'mamba_sizes', 'mamba_kept', 'Block', 'apart', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary',
-           'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass',
-           'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement', 'count_steps', 'plan_time',
-           'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
+           'mamba_sizes', 'mamba_kept', 'Block', 'apart', 'norm_kept', 'block_kept', 'count_kept', 'find_blocks',
+           'mamba_temporary', 'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows',
+           'measured_pass', 'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement',
+           'count_steps', 'plan_time', 'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of',
+           'describe_plan']
 
-# %% ../nbs/02d_plan.ipynb #1c7c02ae
+# %% ../nbs/02d_plan.ipynb #5719d0d1
 import bisect, json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 from .recipe import Recipe, shipped
-from .model import block_kind, is_nano, list_matrices, lora_config, lora_report, planned_model, select
+from .model import block_kind, is_nano, list_matrices, load_config, lora_config, lora_report, planned_model, select
 
 # %% ../nbs/02d_plan.ipynb #e2e4b345
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
@@ -62,7 +63,7 @@ def memory_parts(total: int, # parameters of the base model
     parts = {"frozen weights": total * width, "adapter and gradient": trainable * (8 + 4 * (gpus > 1)), "optimizer": trainable * 8}
     return {k: v / 2**30 for k, v in parts.items()}
 
-# %% ../nbs/02d_plan.ipynb #05206624
+# %% ../nbs/02d_plan.ipynb #821eed34
 @dataclass(frozen=True)
 class Pass:
     "A micro-batch, and which code computes it."
@@ -74,6 +75,7 @@ class Pass:
     grouped: bool = True  # routed experts by `experts.grouped_forward`; else as transformers or PEFT computes them
     examples: int = 0  # packed into the one row; 0: none
     longest: int = 0  # tokens of the longest of them
+    lean: bool = False  # norms, routers, shared experts and LoRA layers by `fused`
     wide: bool = True  # squares under autocast in float32, as CUDA's has it; the CPU's leaves them in bfloat16
 
     @property
@@ -82,7 +84,7 @@ class Pass:
     @property
     def width(self) -> int: return 2 if self.half else 4  # bytes of a number
 
-# %% ../nbs/02d_plan.ipynb #1f973b6f
+# %% ../nbs/02d_plan.ipynb #0276ae90
 def lora_kept(p: Pass, ranks: dict[str, int], # target -> rank, of one block
               targets: tuple[str, ...], # matrices that share an input
               size: int, # of that input
@@ -90,6 +92,7 @@ def lora_kept(p: Pass, ranks: dict[str, int], # target -> rank, of one block
              ) -> int: # bytes a token
     "What LoRA on some of an input's matrices keeps: the input, and A's product."
     mine = [ranks[t] for t in targets if t in ranks]
+    if p.lean: return p.width * (sum(mine) + size * bool(mine and not shared))
     if p.half: return sum(2 * (size + r) for r in mine)
     return 4 * sum(mine) + (4 * size if mine and not shared else 0)
 
@@ -114,17 +117,18 @@ def square_copy(p: Pass) -> int: # bytes a number
     "What a square keeps besides its argument."
     return 4 * (p.half and p.wide)
 
-# %% ../nbs/02d_plan.ipynb #1a4ee0c5
+# %% ../nbs/02d_plan.ipynb #b0b3f78b
 def mlp_kept(c, # the model's configuration
              p: Pass, ranks: dict[str, int], # target -> rank, of this block
              size: int # of the layer between
             ) -> dict[str, float]: # what -> bytes a token
     "What an MLP keeps."
     gated = c.model_type != "nemotron_h"
+    if p.lean: return {"activations": p.width * size, "LoRA": lora_kept(p, ranks, ("up_proj",), c.hidden_size) + lora_kept(p, ranks, ("down_proj",), size, shared=True)}
     return {"activations": (3 * p.width if gated else p.width + square_copy(p)) * size,
             "LoRA": lora_kept(p, ranks, ("gate_proj", "up_proj"), c.hidden_size) + lora_kept(p, ranks, ("down_proj",), size)}
 
-# %% ../nbs/02d_plan.ipynb #b407bccc
+# %% ../nbs/02d_plan.ipynb #3002a2bc
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"  # of routed experts, as `list_matrices` calls them
 
 def routed_kept(c, # the model's configuration
@@ -132,11 +136,12 @@ def routed_kept(c, # the model's configuration
                ) -> dict[str, float]: # what -> bytes a token
     "What the router and the routed experts keep."
     k, size, width, experts = c.num_experts_per_tok, getattr(c, "moe_latent_size", None) or c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
-    parts = {"router": experts * (p.width + 1) + k * (p.width + 8) + 24, "slots": k * p.width * width}
+    router = 4 * experts + k * (12 - p.width) if p.lean else experts * (p.width + 1) + k * (p.width + 8) + 24
+    parts = {"router": router, "slots": k * p.width * width}
     if p.grouped:
         full = {t: r + -r % 8 for t, r in ranks.items() if t in (UP, DOWN)}  # ranks are filled up to a multiple of 8
         scaled = 0 if p.half else sum(4 * r * experts * (width if t == UP else size) for t, r in full.items()) / p.tokens  # B times the scale
-        own = UP in ranks and (p.half or "up_proj" not in ranks)  # the input, unless the shared expert keeps it
+        own = UP in ranks and (p.half and not p.lean or "up_proj" not in ranks)  # the input, unless the shared expert keeps it
         return parts | {"order": k * (16 + p.width), "LoRA on routed experts": k * p.width * sum(full.values()) + scaled + own * p.width * size}
     weights = sum(p.width * experts * width * size for t in (UP, DOWN) if t in ranks) / p.tokens
     inputs = k * p.width * (size * (UP in ranks) + width * (DOWN in ranks))
@@ -181,15 +186,21 @@ def apart(p: Pass) -> Pass: # the same, or a padded batch
 # %% ../nbs/02d_plan.ipynb #470e2623
 UNEXPLAINED = 4  # bytes a number of the hidden width and mixture block: a measured allowance on a GPU, its cause unknown
 
-# %% ../nbs/02d_plan.ipynb #978ef5e2
+# %% ../nbs/02d_plan.ipynb #c624b743
+def norm_kept(c, # the model's configuration
+              p: Pass) -> int: # bytes a token
+    "What an RMS norm keeps: its input, in float32 where PyTorch computes it, and the row's factor."
+    return (p.width if p.lean else 4) * c.hidden_size + 4
+
 def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
-    norm, r = 4 * c.hidden_size + 4, block.ranks
+    norm, r = norm_kept(c, p), block.ranks
+    cast = sum(r.get(t, 0) for t in (UP, DOWN)) * c.n_routed_experts * ((getattr(c, "moe_latent_size", None) or c.hidden_size) + c.moe_intermediate_size) if p.lean and block.kind == "moe" else 0 if p.lean else block.trainable
     parts = {"attention": lambda: attention_kept(c, p, r), "mamba": lambda: {k: v * apart(p).tokens / p.tokens for k, v in mamba_kept(c, apart(p), r).items()}, "mlp": lambda: mlp_kept(c, p, r, c.intermediate_size),
-             "moe": lambda: routed_kept(c, p, r) | {"unexplained": UNEXPLAINED * c.hidden_size * (p.half and p.wide)} | {f"shared {k}": v for k, v in mlp_kept(c, p, r, c.moe_shared_expert_intermediate_size).items()},
+             "moe": lambda: routed_kept(c, p, r) | {"unexplained": UNEXPLAINED * c.hidden_size * (p.half and p.wide and not p.lean)} | {f"shared {k}": v for k, v in mlp_kept(c, p, r, c.moe_shared_expert_intermediate_size).items()},
              "decoder": lambda: attention_kept(c, p, r) | {"norm of the MLP": norm} | {f"MLP's {k}": v for k, v in mlp_kept(c, p, r, c.intermediate_size).items()}}[block.kind]()
-    return {"norm": norm} | parts | {"adapter's copies": 2 * block.trainable * p.half / p.tokens}
+    return {"norm": norm} | parts | {"adapter's copies": 2 * cast * p.half / p.tokens}
 
 # %% ../nbs/02d_plan.ipynb #c665b97b
 def count_kept(run, # function without arguments: a forward pass
@@ -225,22 +236,22 @@ def mamba_temporary(c, # the model's configuration
     if not p.fused: return filled * 2 * 4 * c.mamba_num_heads * max(chunk * states, chunk * c.mamba_head_dim, c.mamba_head_dim * states)
     return p.width * (2 * conv + projected + 3 * inner) + filled * 4 * (3 * inner * states / chunk + c.n_groups * chunk)
 
-# %% ../nbs/02d_plan.ipynb #c7c0d8ff
+# %% ../nbs/02d_plan.ipynb #9ead023d
 def routed_temporary(c, # the model's configuration
                      p: Pass, adapted: int # of the two expert weights, how many have LoRA
                     ) -> float: # bytes a token
     "What the routed experts' backward pass needs besides what is kept."
     slots, size, width = c.num_experts_per_tok * p.width, getattr(c, "moe_latent_size", None) or c.hidden_size, c.moe_intermediate_size
-    if p.grouped: return slots * (width + (3 if adapted else 2) * size)
+    if p.grouped: return slots * (width + (3 if adapted else 2) * size - size * p.lean)
     return slots * 3 * size + adapted * 2 * p.width * c.n_routed_experts * width * size / p.tokens
 
-# %% ../nbs/02d_plan.ipynb #891619c3
+# %% ../nbs/02d_plan.ipynb #80e4d794
 def block_temporary(c, # the model's configuration
                     block: Block, p: Pass) -> float: # bytes a token
     "What a block's backward pass needs at its largest, besides what is kept."
     if block.kind == "mamba": return mamba_temporary(c, apart(p)) * apart(p).tokens / p.tokens
     done = sum(v for k, v in block_kept(c, block, p).items() if k.startswith("shared"))
-    if block.kind == "moe": return max(routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done, 3 * square_copy(p) * c.moe_shared_expert_intermediate_size)
+    if block.kind == "moe": return max(routed_temporary(c, p, len({UP, DOWN} & block.ranks.keys())) - done, (3 * p.width if p.lean else 3 * square_copy(p)) * c.moe_shared_expert_intermediate_size)
     number = max(6 if p.half else 4, 3 * square_copy(p) * (block.kind == "mlp"))  # bytes
     return number * max(c.num_attention_heads * head_size(c) * (block.kind != "mlp"), c.intermediate_size * (block.kind != "attention"))
 
@@ -252,21 +263,22 @@ def loss_bytes(c, # the model's configuration
     "What TRL's chunked loss holds at once."
     return 4 * 4 * min(LOSS_CHUNK, p.tokens) * c.vocab_size
 
-# %% ../nbs/02d_plan.ipynb #2de4689f
+# %% ../nbs/02d_plan.ipynb #3e03630a
 def activation_peak(c, # the model's configuration
                     blocks: list[Block], p: Pass, checkpointing: bool,
                     logits: float | None = None, # bytes of the loss; none: TRL's chunks
                     accumulated: bool = False # whether the gradients of an earlier micro-batch exist
                    ) -> tuple[float, float]: # bytes: of activations at the blocks' peak, and what the loss needs beyond that
     "The largest that a micro-batch's activations and temporaries become, less the gradients that aren't there yet."
-    stream, norm = p.width * c.hidden_size, 4 * c.hidden_size + 4  # a block's input; what a norm keeps
+    stream, norm = p.width * c.hidden_size, norm_kept(c, p)  # a block's input; what a norm keeps
+    mine, last = (1, 1) if p.lean else (5, 4)  # times `norm`: what its backward pass needs in a block, and at the end
     costs = {repr(b): (sum(block_kept(c, b, p).values()), block_temporary(c, b, p)) for b in {repr(b): b for b in blocks}.values()}
     first = 0 if checkpointing else next((i for i, b in enumerate(blocks) if b.ranks), 0)
     pairs = [costs[repr(b)] for b in blocks[first:]]
     missing = np.cumsum([4 * b.trainable * (not accumulated) / p.tokens for b in blocks[first:]])  # gradients not there yet
     kept = np.cumsum([stream] * len(pairs) if checkpointing else [k for k, _ in pairs])
-    moments = [0, kept[-1] + norm + 4 * norm - missing[-1]]  # the optimizer's step; the last norm's backward pass, in float32
-    moments += [(k + 3 * stream + max(own + extra, 5 * norm) if checkpointing else k + 2 * stream + extra) - m for k, (own, extra), m in zip(kept, pairs, missing)]
+    moments = [0, kept[-1] + norm + last * norm - missing[-1]]  # the optimizer's step; the last norm's backward pass, in float32
+    moments += [(k + 3 * stream + max(own + extra, mine * norm) if checkpointing else k + 2 * stream + extra) - m for k, (own, extra), m in zip(kept, pairs, missing)]
     peak, loss = p.tokens * max(moments), loss_bytes(c, p) if logits is None else logits
     return peak, max(0, p.tokens * (kept[-1] + norm + 2 * stream - missing[-1]) + loss - peak)
 
@@ -282,14 +294,15 @@ def measured_pass(row) -> Pass: # of a row of `measured_rows`
     way = dict(fused=row.way != "plain", grouped=row.way in ("experts", "prototype"), wide=row.autocast)
     return Pass(1, row["rows"] * row.length, examples=row["rows"], longest=row.length, **way) if row.packed else Pass(row["rows"], row.length, **way)
 
-# %% ../nbs/02d_plan.ipynb #d6633a15
+# %% ../nbs/02d_plan.ipynb #d35c2cce
 def plan_pass(recipe: Recipe, packed: bool # a micro-batch's examples in one row
              ) -> Pass: # of the largest micro-batch
     "How a recipe's largest micro-batch will be computed."
     largest, half = micro_batch_tokens(recipe, packed)[1], recipe.dtype != "float32"
+    lean = recipe.fast != "off" and recipe.backend == "hf" and load_config(recipe.model).model_type == "nemotron_h"
     rows = 1 if packed else recipe.per_device_train_batch_size
     row = dict(examples=recipe.per_device_train_batch_size, longest=max(question_lengths(recipe)), masked=not half) if packed else dict(masked=rows > 1)
-    return Pass(rows, largest // rows, half=half, fused=half, grouped=recipe.fast != "off", **row)
+    return Pass(rows, largest // rows, half=half, fused=half, grouped=recipe.fast != "off", lean=lean, **row)
 
 # %% ../nbs/02d_plan.ipynb #6b4bb6a5
 def will_pack(recipe: Recipe) -> bool: # a micro-batch's examples in one row

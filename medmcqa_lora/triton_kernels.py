@@ -10,7 +10,7 @@ import torch, triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/01a_triton_kernels.ipynb #8cad7da3
+# %% ../nbs/01a_triton_kernels.ipynb #c7135876
 @triton.jit
 def _rms_forward(x, w, y, rstd, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -30,6 +30,7 @@ def _rms_backward(dy, x, w, rstd, dx, D: tl.constexpr, BLOCK: tl.constexpr):
     g = tl.load(dy + row * D + c, mask=m, other=0.0).to(tl.float32) * tl.load(w + c, mask=m, other=0.0).to(tl.float32)
     tl.store(dx + row * D + c, r * (g - n * (tl.sum(g * n, 0) / D)), mask=m)
 
+# %% ../nbs/01a_triton_kernels.ipynb #41696e16
 def rms_forward(x: Tensor, # (N, D), contiguous
                 w: Tensor, # (D,)
                 eps: float # added to the mean square
@@ -48,7 +49,7 @@ def rms_backward(dy: Tensor, x: Tensor, # (N, D), contiguous
     _rms_backward[(len(x),)](dy, x, w, rstd, dx, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8)
     return dx
 
-# %% ../nbs/01a_triton_kernels.ipynb #b834aef4
+# %% ../nbs/01a_triton_kernels.ipynb #f8fa388b
 @triton.jit
 def _relu2_forward(h, w, y, D: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -73,6 +74,7 @@ def _relu2_backward(h, w, g, dh, dw, D: tl.constexpr, BLOCK: tl.constexpr, WEIGH
         tl.store(dh + row * D + c, d * scale, mask=m)
     if WEIGHTED: tl.store(dw + row, tl.sum(total, 0))
 
+# %% ../nbs/01a_triton_kernels.ipynb #5ac6735a
 def relu2_forward(h: Tensor, # (N, D), contiguous
                   w: Tensor | None = None # (N, 1) or (N,)
                  ) -> Tensor: # (N, D) of h's type
@@ -110,7 +112,7 @@ def combine_rows(rows: Tensor, # (S, D), contiguous
     _combine[(len(y), triton.cdiv(rows.shape[1], 1024))](rows, inverse, y, D=rows.shape[1], K=k, BLOCK=1024)
     return y
 
-# %% ../nbs/01a_triton_kernels.ipynb #2ce0b8ed
+# %% ../nbs/01a_triton_kernels.ipynb #bef3698d
 @triton.jit
 def _route_forward(logits, bias, index, weight, scale, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
     row, e, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, KB)
@@ -143,6 +145,7 @@ def _route_backward(logits, index, g, high, low, scale, E: tl.constexpr, K: tl.c
     tl.store(high + row * 2 * E + e, up, mask=e < E)
     tl.store(low + row * 2 * E + e, (dense - up.to(tl.float32)).to(low.dtype.element_ty), mask=e < E)
 
+# %% ../nbs/01a_triton_kernels.ipynb #62427bea
 def route_forward(logits: Tensor, # (T, E) float32
                   bias: Tensor, # (E,) added to the scores for the choice alone
                   k: int, # experts a token
