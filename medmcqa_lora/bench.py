@@ -175,13 +175,13 @@ KINDS = {  # group -> regular expression, the first that is found
     "Mamba scan": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|selective_scan|selective_state|ssd",
     "convolution": r"causal_conv1d|conv1d|conv2d|convolution|depthwise|conv_",
     "attention": r"flash|fmha|attention|attn|sdpa|mem_eff",
-    "norm": r"layer_?norm|rms_?norm|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
-    "sort/routing": r"sort|topk|radix|searchsorted|cumsum|devicescan|scan_(innermost|outer)|histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect|bitonic",
-    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave",
+    "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
+    "sort/routing": r"sort|topk|radix|searchsorted|cumsum|devicescan|scan_(innermost|outer)|histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect|bitonic|_route_(forward|backward)",
+    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_combine$",
     "dense GEMM": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|aten::(mm|bmm|addmm|baddbmm|matmul|linear|dot|mv|_addmm_activation)$|mkl",
     "copies/casts": r"copy|memcpy|memset|catarray|fill|aten::(cat|clone|contiguous|to|zero_|zeros|empty|stack|constant_pad_nd|pad|new_zeros|zeros_like|empty_like|ones)",
     "reductions": r"reduce|softmax|nll|cross_entropy|logsumexp|vector_norm|triton_(red|per)|aten::(sum|mean|max|min|amax|any|all|norm|prod|argmax)$",
-    "elementwise": r"elementwise|triton_poi|vectorized|aten::(_?unsafe_)?(add|sub|rsub|mul|div|neg|exp|log|pow|square|sqrt|reciprocal|relu|silu|sigmoid|softplus|tanh|where|eq|ne|lt|gt|le|ge|clamp|clamp_min|bitwise_and|bitwise_not|threshold_backward|silu_backward|sigmoid_backward|softplus_backward|masked_fill|tril|triu|addcmul|addcdiv|lerp|abs|isfinite|isnan|sign|log1p|cos|sin|maximum|minimum|logical_and|logical_not|segment_reduce)_?$",
+    "elementwise": r"elementwise|triton_poi|vectorized|_relu2_(forward|backward)|aten::(_?unsafe_)?(add|sub|rsub|mul|div|neg|exp|log|pow|square|sqrt|reciprocal|relu|silu|sigmoid|softplus|tanh|where|eq|ne|lt|gt|le|ge|clamp|clamp_min|bitwise_and|bitwise_not|threshold_backward|silu_backward|sigmoid_backward|softplus_backward|masked_fill|tril|triu|addcmul|addcdiv|lerp|abs|isfinite|isnan|sign|log1p|cos|sin|maximum|minimum|logical_and|logical_not|segment_reduce)_?$",
 }
 
 # %% ../nbs/05a_bench.ipynb #05f2bbe5
