@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from conftest import ALL
 
 from medmcqa_lora.bench import KINDS, VARIANTS, Load, Variant, cut_model, examples_a_step, make_lengths, passed_parameters, plot_kernels, run_variant
 from medmcqa_lora.files import read_lines
@@ -54,6 +55,7 @@ def test_failure_is_a_row(benched):
     assert (out / "kernels.png").stat().st_size > 5000 and "Traceback" in (out / "unsloth.log").read_text()
 
 
+@pytest.mark.skipif(not ALL, reason="make test-all")
 def test_no_variant_runs(cli, tmp_path):
     code, out, err = cli("bench", "--variants", "unsloth", *SMALL, "--out", tmp_path / "out")
     assert code == 1 and err.count("\n") == 1 and "no variant ran: unsloth: " in err
