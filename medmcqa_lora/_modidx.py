@@ -382,6 +382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.plan.count_steps': ('plan.html#count_steps', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.describe_plan': ('plan.html#describe_plan', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.epoch_tokens': ('plan.html#epoch_tokens', 'medmcqa_lora/plan.py'),
+                                   'medmcqa_lora.plan.expert_size': ('plan.html#expert_size', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.find_blocks': ('plan.html#find_blocks', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.fit_lines': ('plan.html#fit_lines', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.head_size': ('plan.html#head_size', 'medmcqa_lora/plan.py'),

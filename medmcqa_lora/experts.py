@@ -14,7 +14,7 @@ from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .fused import combine, relu2, relu2_grad
+from .fused import combine, is_relu2, relu2, relu2_grad
 
 # %% ../nbs/02a_experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
@@ -166,11 +166,10 @@ def grouped_forward(self, # fused experts, or PEFT's outermost wrapper around th
 def can_replace(experts: nn.Module # without wrappers
                ) -> bool: # whether `grouped_forward` computes what it computes
     "Whether a module is fused experts of Nemotron-H's form: up, relu², down, weights (out, in), no gate, no bias, not quantised."
-    from transformers.activations import ReLUSquaredActivation
     parameters = [getattr(experts, n, None) for n in ("up_proj", "down_proj")]
     if not all(isinstance(p, nn.Parameter) and p.ndim == 3 and p.dtype in (*GROUPED_TYPES, torch.float64) for p in parameters): return False
     other = any(getattr(experts, flag, True) for flag in ("has_gate", "has_bias", "is_transposed"))
-    return not other and isinstance(experts.act_fn, ReLUSquaredActivation)
+    return not other and is_relu2(experts.act_fn)
 
 def is_grouped(module: nn.Module) -> bool: # whether `use_grouped_experts` changed it
     "Whether a module's forward is `grouped_forward`."

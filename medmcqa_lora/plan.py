@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESERVE', 'question_lengths', 'epoch_tokens', 'micro_batch_tokens',
-           'memory_parts', 'Pass', 'lora_kept', 'head_size', 'attention_kept', 'square_copy', 'mlp_kept', 'routed_kept',
-           'mamba_sizes', 'mamba_kept', 'Block', 'apart', 'norm_kept', 'block_kept', 'count_kept', 'find_blocks',
-           'mamba_temporary', 'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows',
-           'measured_pass', 'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement',
-           'count_steps', 'plan_time', 'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of',
-           'describe_plan']
+           'memory_parts', 'Pass', 'lora_kept', 'head_size', 'attention_kept', 'square_copy', 'mlp_kept', 'expert_size',
+           'routed_kept', 'mamba_sizes', 'mamba_kept', 'Block', 'apart', 'norm_kept', 'block_kept', 'count_kept',
+           'find_blocks', 'mamba_temporary', 'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak',
+           'measured_rows', 'measured_pass', 'plan_pass', 'will_pack', 'plan_memory', 'largest_batch',
+           'nearest_measurement', 'count_steps', 'plan_time', 'kinds_table', 'show_table', 'show_memory', 'plan_data',
+           'fit_lines', 'size_of', 'describe_plan']
 
 # %% ../nbs/02d_plan.ipynb #5719d0d1
 import bisect, json, math, re, warnings
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 from .recipe import Recipe, shipped
-from .model import block_kind, is_nano, list_matrices, load_config, lora_config, lora_report, planned_model, select
+from .model import block_kind, is_nano, list_matrices, lora_config, lora_report, planned_model, select
 
 # %% ../nbs/02d_plan.ipynb #e2e4b345
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
@@ -128,6 +128,12 @@ def mlp_kept(c, # the model's configuration
     return {"activations": (3 * p.width if gated else p.width + square_copy(p)) * size,
             "LoRA": lora_kept(p, ranks, ("gate_proj", "up_proj"), c.hidden_size) + lora_kept(p, ranks, ("down_proj",), size)}
 
+# %% ../nbs/02d_plan.ipynb #e5a1c0de
+def expert_size(c # the model's configuration
+               ) -> int:
+    "Numbers a token that enter and leave a routed expert."
+    return getattr(c, "moe_latent_size", None) or c.hidden_size
+
 # %% ../nbs/02d_plan.ipynb #3002a2bc
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"  # of routed experts, as `list_matrices` calls them
 
@@ -135,7 +141,7 @@ def routed_kept(c, # the model's configuration
                 p: Pass, ranks: dict[str, int] # target -> rank, of this block
                ) -> dict[str, float]: # what -> bytes a token
     "What the router and the routed experts keep."
-    k, size, width, experts = c.num_experts_per_tok, getattr(c, "moe_latent_size", None) or c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
+    k, size, width, experts = c.num_experts_per_tok, expert_size(c), c.moe_intermediate_size, c.n_routed_experts
     router = 4 * experts + k * (12 - p.width) if p.lean else experts * (p.width + 1) + k * (p.width + 8) + 24
     parts = {"router": router, "slots": k * p.width * width}
     if p.grouped:
@@ -196,7 +202,7 @@ def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
     norm, r = norm_kept(c, p), block.ranks
-    cast = sum(r.get(t, 0) for t in (UP, DOWN)) * c.n_routed_experts * ((getattr(c, "moe_latent_size", None) or c.hidden_size) + c.moe_intermediate_size) if p.lean and block.kind == "moe" else 0 if p.lean else block.trainable
+    cast = sum(r.get(t, 0) for t in (UP, DOWN)) * c.n_routed_experts * (expert_size(c) + c.moe_intermediate_size) if p.lean and block.kind == "moe" else 0 if p.lean else block.trainable
     parts = {"attention": lambda: attention_kept(c, p, r), "mamba": lambda: {k: v * apart(p).tokens / p.tokens for k, v in mamba_kept(c, apart(p), r).items()}, "mlp": lambda: mlp_kept(c, p, r, c.intermediate_size),
              "moe": lambda: routed_kept(c, p, r) | {"unexplained": UNEXPLAINED * c.hidden_size * (p.half and p.wide and not p.lean)} | {f"shared {k}": v for k, v in mlp_kept(c, p, r, c.moe_shared_expert_intermediate_size).items()},
              "decoder": lambda: attention_kept(c, p, r) | {"norm of the MLP": norm} | {f"MLP's {k}": v for k, v in mlp_kept(c, p, r, c.intermediate_size).items()}}[block.kind]()
@@ -241,7 +247,7 @@ def routed_temporary(c, # the model's configuration
                      p: Pass, adapted: int # of the two expert weights, how many have LoRA
                     ) -> float: # bytes a token
     "What the routed experts' backward pass needs besides what is kept."
-    slots, size, width = c.num_experts_per_tok * p.width, getattr(c, "moe_latent_size", None) or c.hidden_size, c.moe_intermediate_size
+    slots, size, width = c.num_experts_per_tok * p.width, expert_size(c), c.moe_intermediate_size
     if p.grouped: return slots * (width + (3 if adapted else 2) * size - size * p.lean)
     return slots * 3 * size + adapted * 2 * p.width * c.n_routed_experts * width * size / p.tokens
 
@@ -295,14 +301,14 @@ def measured_pass(row) -> Pass: # of a row of `measured_rows`
     return Pass(1, row["rows"] * row.length, examples=row["rows"], longest=row.length, **way) if row.packed else Pass(row["rows"], row.length, **way)
 
 # %% ../nbs/02d_plan.ipynb #d35c2cce
-def plan_pass(recipe: Recipe, packed: bool # a micro-batch's examples in one row
+def plan_pass(c, # the model's configuration
+              recipe: Recipe, packed: bool # a micro-batch's examples in one row
              ) -> Pass: # of the largest micro-batch
     "How a recipe's largest micro-batch will be computed."
     largest, half = micro_batch_tokens(recipe, packed)[1], recipe.dtype != "float32"
-    lean = recipe.fast != "off" and recipe.backend == "hf" and load_config(recipe.model).model_type == "nemotron_h"
     rows = 1 if packed else recipe.per_device_train_batch_size
     row = dict(examples=recipe.per_device_train_batch_size, longest=max(question_lengths(recipe)), masked=not half) if packed else dict(masked=rows > 1)
-    return Pass(rows, largest // rows, half=half, fused=half, grouped=recipe.fast != "off", lean=lean, **row)
+    return Pass(rows, largest // rows, half=half, fused=half, grouped=recipe.fast != "off", lean=recipe.fast != "off" and recipe.backend == "hf" and c.model_type == "nemotron_h", **row)
 
 # %% ../nbs/02d_plan.ipynb #6b4bb6a5
 def will_pack(recipe: Recipe) -> bool: # a micro-batch's examples in one row
@@ -315,7 +321,7 @@ def plan_memory(c, # the model's configuration
                 recipe: Recipe, parts: dict[str, float] # from `memory_parts`
                ) -> pd.DataFrame: # GiB in each GPU: a row a part, columns False and True for gradient_checkpointing
     "Memory by part, without and with activation checkpointing; activations are NaN where no formula is known."
-    p, known = plan_pass(recipe, will_pack(recipe)), blocks is not None and recipe.backend == "hf"
+    p, known = plan_pass(c, recipe, will_pack(recipe)), blocks is not None and recipe.backend == "hf"
     def peak(checkpointing): return activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1) if known else (math.nan, math.nan)
     return pd.DataFrame({ck: parts | dict(zip(("activations", "logits, beyond that"), (v / 2**30 for v in peak(ck)))) for ck in (False, True)})
 
@@ -329,7 +335,7 @@ def largest_batch(c, # the model's configuration
                   checkpointing: bool) -> int: # examples; 0 if not even one fits
     "The largest per_device_train_batch_size, up to 1,024, that fits into a GPU."
     def needs(batch):
-        p = plan_pass(replace(recipe, per_device_train_batch_size=batch), will_pack(recipe))
+        p = plan_pass(c, replace(recipe, per_device_train_batch_size=batch), will_pack(recipe))
         return sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30
     return bisect.bisect(range(1, 1025), gpu_memory / RESERVE, key=needs)
 
