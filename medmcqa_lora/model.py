@@ -6,11 +6,11 @@
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
            'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'is_nano', 'load_config',
-           'randomise', 'speed_up', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table',
-           'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
+           'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
+           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
            'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #1a443a4b
+# %% ../nbs/02_model.ipynb #85de483d
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
-from .experts import is_grouped, use_grouped_experts
-from .fused import fuse, is_fused
+from .blocks import speed_up
+from .experts import is_grouped
+from .fused import is_fused
 from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
 # %% ../nbs/02_model.ipynb #5d165acc
@@ -286,13 +287,7 @@ def _make_random(recipe: Recipe) -> nn.Module:
     model.config._name_or_path = recipe.model
     return model
 
-# %% ../nbs/02_model.ipynb #c6d6309b
-def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
-            ) -> None:
-    "Give a model the project's fast forwards, where they compute what its own do."
-    use_grouped_experts(model)
-    fuse(model)
-
+# %% ../nbs/02_model.ipynb #b305f5c6
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)

@@ -258,21 +258,22 @@ def test_bfloat16_is_no_further_from_float32_than_pefts(loop, monkeypatch):
     if loop:
         monkeypatch.setattr(experts, "can_group", lambda a, b: False)
     exact, _ = both(recipe(r=8))
-    theirs, ours = both(recipe(r=8))
-    want, wanted = gradients(exact, ids())
-    errors = []
-    for m in (theirs, ours):
+    pair = both(recipe(r=8))
+    for m in pair:
         for p in m.parameters():
             if not p.requires_grad:
                 p.data = p.data.bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
-            _, found = gradients(m, ids())
-            out = logits(m, ids()).float()
-        assert all(g.dtype == torch.float32 for g in found.values())
-        errors.append([(out - logits(exact, ids())).norm().item(), sum((found[n] - g).square().sum() for n, g in wanted.items()).sqrt().item()])
-    (peft_logits, peft_grads), (our_logits, our_grads) = errors
-    print(f"bfloat16 against float32: logits {peft_logits:.3f} by PEFT, {our_logits:.3f} by us; gradients {peft_grads:.4f}, {our_grads:.4f}")
-    assert our_logits < 1.1 * peft_logits and our_grads < 1.1 * peft_grads
+    errors = torch.zeros(2, 2)  # by PEFT and by us, of logits and gradients
+    for x in (ids(seed=s) for s in range(5)):  # a token whose experts change with the rounding can outweigh all else: hence five
+        expected, (_, wanted) = logits(exact, x), gradients(exact.train(), x)
+        for row, m in zip(errors, pair):
+            with torch.autocast("cpu", torch.bfloat16):
+                _, found = gradients(m.train(), x)
+                out = logits(m, x).float()
+            assert all(g.dtype == torch.float32 for g in found.values())
+            row += torch.stack([(out - expected).norm(), sum((found[n] - g).square().sum() for n, g in wanted.items()).sqrt()])
+    print(f"bfloat16 against float32, five inputs: logits and gradients {errors[0].tolist()} by PEFT, {errors[1].tolist()} by us")
+    assert (errors[1] < 1.1 * errors[0]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
