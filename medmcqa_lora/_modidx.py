@@ -517,6 +517,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medmcqa_lora/triton_kernels.py'),
                                              'medmcqa_lora.triton_kernels._row': ( 'triton_kernels.html#_row',
                                                                                    'medmcqa_lora/triton_kernels.py'),
+                                             'medmcqa_lora.triton_kernels._sigmoid': ( 'triton_kernels.html#_sigmoid',
+                                                                                       'medmcqa_lora/triton_kernels.py'),
                                              'medmcqa_lora.triton_kernels._taps': ( 'triton_kernels.html#_taps',
                                                                                     'medmcqa_lora/triton_kernels.py'),
                                              'medmcqa_lora.triton_kernels.add_rms_backward': ( 'triton_kernels.html#add_rms_backward',
