@@ -12,7 +12,7 @@ import torch, triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/01a_triton_kernels.ipynb #5e7ab61a
+# %% ../nbs/01a_triton_kernels.ipynb #5c39f781
 @triton.jit
 def _rms_forward(x, f, w, h, y, rstd, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -27,6 +27,7 @@ def _rms_forward(x, f, w, h, y, rstd, eps, D: tl.constexpr, BLOCK: tl.constexpr,
     tl.store(y + row * D + c, tl.load(w + c, mask=m, other=0.0).to(tl.float32) * n, mask=m)
     tl.store(rstd + row, r)
 
+# %% ../nbs/01a_triton_kernels.ipynb #28aa47da
 @triton.jit
 def _rms_backward(dy, dh, x, w, rstd, dx, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -38,7 +39,7 @@ def _rms_backward(dy, dh, x, w, rstd, dx, D: tl.constexpr, BLOCK: tl.constexpr, 
     if ADD: d += tl.load(dh + row * D + c, mask=m, other=0.0).to(tl.float32)
     tl.store(dx + row * D + c, d, mask=m)
 
-# %% ../nbs/01a_triton_kernels.ipynb #ba599d7d
+# %% ../nbs/01a_triton_kernels.ipynb #dd511e8c
 def rms_forward(x: Tensor, # (N, D), contiguous
                 w: Tensor, # (D,)
                 eps: float # added to the mean square
@@ -48,6 +49,7 @@ def rms_forward(x: Tensor, # (N, D), contiguous
     _rms_forward[(len(x),)](x, None, w, None, y, rstd, eps, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), ADD=False, num_warps=8)
     return y, rstd
 
+# %% ../nbs/01a_triton_kernels.ipynb #e0b325bc
 def rms_backward(dy: Tensor, x: Tensor, # (N, D), contiguous
                  w: Tensor, # (D,)
                  rstd: Tensor # (N,) from `rms_forward`
@@ -55,6 +57,7 @@ def rms_backward(dy: Tensor, x: Tensor, # (N, D), contiguous
     "The gradient of `rms_forward`."
     return add_rms_backward(dy, None, x, w, rstd)
 
+# %% ../nbs/01a_triton_kernels.ipynb #f094f4ef
 def add_rms_forward(x: Tensor, f: Tensor, # (N, D), contiguous, of one type: the stream, and what is added to it
                     w: Tensor, # (D,)
                     eps: float # added to the mean square
@@ -75,7 +78,7 @@ def add_rms_backward(dy: Tensor, # (N, D), contiguous: gradient of y
     _rms_backward[(len(h),)](dy, dh, h, w, rstd, d, D=h.shape[1], BLOCK=triton.next_power_of_2(h.shape[1]), ADD=dh is not None, num_warps=8)
     return d
 
-# %% ../nbs/01a_triton_kernels.ipynb #f8fa388b
+# %% ../nbs/01a_triton_kernels.ipynb #99de90f4
 @triton.jit
 def _relu2_forward(h, w, y, D: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -85,6 +88,7 @@ def _relu2_forward(h, w, y, D: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.c
     if WEIGHTED: v = v * tl.load(w + row).to(tl.float32)
     tl.store(y + row * D + c, v, mask=m)
 
+# %% ../nbs/01a_triton_kernels.ipynb #dbbf1aba
 @triton.jit
 def _relu2_backward(h, w, g, dh, dw, D: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -100,7 +104,7 @@ def _relu2_backward(h, w, g, dh, dw, D: tl.constexpr, BLOCK: tl.constexpr, WEIGH
         tl.store(dh + row * D + c, d * scale, mask=m)
     if WEIGHTED: tl.store(dw + row, tl.sum(total, 0))
 
-# %% ../nbs/01a_triton_kernels.ipynb #5ac6735a
+# %% ../nbs/01a_triton_kernels.ipynb #7f6154f2
 def relu2_forward(h: Tensor, # (N, D), contiguous
                   w: Tensor | None = None # (N, 1) or (N,)
                  ) -> Tensor: # (N, D) of h's type
@@ -109,6 +113,7 @@ def relu2_forward(h: Tensor, # (N, D), contiguous
     _relu2_forward[(len(h), triton.cdiv(h.shape[1], 1024))](h, w, y, D=h.shape[1], BLOCK=1024, WEIGHTED=w is not None)
     return y
 
+# %% ../nbs/01a_triton_kernels.ipynb #4d47562c
 def relu2_backward(h: Tensor, # (N, D), contiguous
                    w: Tensor | None, # (N, 1) or (N,)
                    g: Tensor # (N, D), contiguous; overwritten
@@ -118,7 +123,7 @@ def relu2_backward(h: Tensor, # (N, D), contiguous
     _relu2_backward[(len(h),)](h, w, g, g, dw, D=h.shape[1], BLOCK=1024, WEIGHTED=w is not None)
     return g, dw
 
-# %% ../nbs/01a_triton_kernels.ipynb #5caf1457
+# %% ../nbs/01a_triton_kernels.ipynb #58143e17
 @triton.jit
 def _combine(rows, inverse, more, y, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, MORE: tl.constexpr):
     token, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -129,6 +134,7 @@ def _combine(rows, inverse, more, y, D: tl.constexpr, K: tl.constexpr, BLOCK: tl
     if MORE: total += tl.load(more + token * D + c, mask=m, other=0.0).to(tl.float32)
     tl.store(y + token * D + c, total, mask=m)
 
+# %% ../nbs/01a_triton_kernels.ipynb #cdd6c5ce
 def combine_rows(rows: Tensor, # (S, D), contiguous
                  inverse: Tensor, # (S,) int64: where slot j went
                  k: int, # slots a token
@@ -140,7 +146,7 @@ def combine_rows(rows: Tensor, # (S, D), contiguous
     _combine[(len(y), triton.cdiv(rows.shape[1], 1024))](rows, inverse, more, y, D=rows.shape[1], K=k, BLOCK=1024, MORE=more is not None)
     return y
 
-# %% ../nbs/01a_triton_kernels.ipynb #bef3698d
+# %% ../nbs/01a_triton_kernels.ipynb #91c5db95
 @triton.jit
 def _route_forward(logits, bias, index, weight, scale, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
     row, e, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, KB)
@@ -157,6 +163,7 @@ def _route_forward(logits, bias, index, weight, scale, E: tl.constexpr, K: tl.co
     tl.store(index + row * K + j, chosen, mask=j < K)
     tl.store(weight + row * K + j, score * scale, mask=j < K)
 
+# %% ../nbs/01a_triton_kernels.ipynb #fe3b349d
 @triton.jit
 def _route_backward(logits, index, g, high, low, scale, E: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
     row, e, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, KB)
@@ -173,7 +180,7 @@ def _route_backward(logits, index, g, high, low, scale, E: tl.constexpr, K: tl.c
     tl.store(high + row * 2 * E + e, up, mask=e < E)
     tl.store(low + row * 2 * E + e, (dense - up.to(tl.float32)).to(low.dtype.element_ty), mask=e < E)
 
-# %% ../nbs/01a_triton_kernels.ipynb #62427bea
+# %% ../nbs/01a_triton_kernels.ipynb #80559858
 def route_forward(logits: Tensor, # (T, E) float32
                   bias: Tensor, # (E,) added to the scores for the choice alone
                   k: int, # experts a token
@@ -186,6 +193,7 @@ def route_forward(logits: Tensor, # (T, E) float32
     _route_forward[(len(logits),)](logits, bias, index, weight, scale, E=E, K=k, KB=triton.next_power_of_2(k), NORM=normalised, BLOCK=triton.next_power_of_2(E), num_warps=1)
     return index, weight
 
+# %% ../nbs/01a_triton_kernels.ipynb #39edb03d
 def route_backward(logits: Tensor, # (T, E) float32
                    index: Tensor, # (T, k)
                    g: Tensor, # (T, k) gradient of the weights
@@ -207,7 +215,7 @@ def _sigmoid(x):
     return tl.inline_asm_elementwise("""{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e;
         add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }""", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)  # 1 / (1 + 2 ^ (-1.442695 x))
 
-# %% ../nbs/01a_triton_kernels.ipynb #7cfb7044
+# %% ../nbs/01a_triton_kernels.ipynb #09d79020
 @triton.jit
 def _row(x, t, stride, c, m, T):
     return tl.load(x + t * stride + c, mask=m & (t >= 0) & (t < T), other=0.0).to(tl.float32)
@@ -222,6 +230,7 @@ def _taps(w, b, c, m, sc, sk, BIAS: tl.constexpr):
     w3 = tl.load(w + c * sc + 3 * sk, mask=m, other=0.0).to(tl.float32)
     return w0, w1, w2, w3, bias
 
+# %% ../nbs/01a_triton_kernels.ipynb #080b2427
 @triton.jit
 def _convolve(x3, x2, x1, x0, w0, w1, w2, w3, bias, back):  # back: how many tokens of the document stand before this one
     p = bias + w3 * x0 + w2 * tl.where(back >= 1, x1, 0.0)
@@ -230,12 +239,13 @@ def _convolve(x3, x2, x1, x0, w0, w1, w2, w3, bias, back):  # back: how many tok
 @triton.jit
 def _back(first, t, T): return t - tl.load(first + t, mask=t < T, other=0)
 
-# %% ../nbs/01a_triton_kernels.ipynb #d7fcbf37
+# %% ../nbs/01a_triton_kernels.ipynb #1f1a99fc
 @triton.jit
 def _conv_put(y, t, stride, c, m, T, x3, x2, x1, x0, w0, w1, w2, w3, bias, back):
     p = _convolve(x3, x2, x1, x0, w0, w1, w2, w3, bias, back)
     tl.store(y + t * stride + c, p * _sigmoid(p), mask=m & (t < T))
 
+# %% ../nbs/01a_triton_kernels.ipynb #abed9041
 @triton.jit(do_not_specialize=["T"])
 def _conv_forward(x, w, b, first, y, T, sx, sc, sk, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr):
     c, start = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64) * L
@@ -252,7 +262,7 @@ def _conv_forward(x, w, b, first, y, T, sx, sc, sk, C: tl.constexpr, L: tl.const
         _conv_put(y, t + 3, C, c, m, T, xa, xb, xc, xd, w0, w1, w2, w3, bias, nd)
         x3, x2, x1 = xb, xc, xd
 
-# %% ../nbs/01a_triton_kernels.ipynb #c166d5cc
+# %% ../nbs/01a_triton_kernels.ipynb #176cf6f7
 @triton.jit
 def _conv_step(g, x3, x2, x1, x0, w0, w1, w2, w3, bias, back, s3, s2, s1):  # s3, s2, s1: gradients of the last three tokens so far
     p = _convolve(x3, x2, x1, x0, w0, w1, w2, w3, bias, back)
@@ -260,6 +270,7 @@ def _conv_step(g, x3, x2, x1, x0, w0, w1, w2, w3, bias, back, s3, s2, s1):  # s3
     d = g * s * (1 + p * (1 - s))
     return tl.where(back >= 3, s3 + w0 * d, s3), tl.where(back >= 2, s2 + w1 * d, s2), tl.where(back >= 1, s1 + w2 * d, s1), w3 * d
 
+# %% ../nbs/01a_triton_kernels.ipynb #8ba62633
 @triton.jit(do_not_specialize=["T"])
 def _conv_backward(dy, x, w, b, first, dx, T, sd, sx, so, sc, sk, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr):
     c, start = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64) * L
@@ -283,7 +294,7 @@ def _conv_backward(dy, x, w, b, first, dx, T, sd, sx, so, sc, sk, C: tl.constexp
         tl.store(dx + t * so + c, whole, mask=m & (t >= start) & (t < end))
         x3, x2, x1 = xb, xc, xd
 
-# %% ../nbs/01a_triton_kernels.ipynb #9fe6f44f
+# %% ../nbs/01a_triton_kernels.ipynb #60014cc9
 CONV = dict(L=64, BLOCK=256, num_warps=1)  # tokens and channels of a program
 
 def conv_forward(x: Tensor, # (T, C), rows contiguous
@@ -297,6 +308,7 @@ def conv_forward(x: Tensor, # (T, C), rows contiguous
     _conv_forward[(triton.cdiv(C, CONV["BLOCK"]), triton.cdiv(T, CONV["L"]))](x, w, b, first, y, T, x.stride(0), *w.stride(), C=C, BIAS=b is not None, **CONV)
     return y
 
+# %% ../nbs/01a_triton_kernels.ipynb #834cf9ee
 def conv_backward(dy: Tensor, # (T, C), rows contiguous
                   x: Tensor, w: Tensor, b: Tensor | None, first: Tensor, # as given to `conv_forward`
                   out: Tensor # (T, C), rows contiguous: where x's gradient goes
@@ -308,7 +320,7 @@ def conv_backward(dy: Tensor, # (T, C), rows contiguous
     _conv_backward[grid](dy, x, w, b, first, out, T, dy.stride(0), x.stride(0), out.stride(0), *w.stride(), C=C, BIAS=b is not None, **CONV)
     return out
 
-# %% ../nbs/01a_triton_kernels.ipynb #41a06a3b
+# %% ../nbs/01a_triton_kernels.ipynb #200c0ef8
 @triton.jit
 def _gated_norm_forward(y, z, w, out, eps, sz, G: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr):
     row, group, c = tl.program_id(0).to(tl.int64), tl.arange(0, GB)[:, None], tl.arange(0, SB)[None, :]
@@ -318,6 +330,7 @@ def _gated_norm_forward(y, z, w, out, eps, sz, G: tl.constexpr, S: tl.constexpr,
     r = 1 / tl.sqrt(tl.sum(u * u, 1) / S + eps)
     tl.store(out + row * (G * S) + at, u * r[:, None] * tl.load(w + at, mask=m, other=0.0).to(tl.float32), mask=m)
 
+# %% ../nbs/01a_triton_kernels.ipynb #3ca8d110
 @triton.jit
 def _gated_norm_backward(dout, y, z, w, dy, dz, eps, sz, sdz, G: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr):
     row, group, c = tl.program_id(0).to(tl.int64), tl.arange(0, GB)[:, None], tl.arange(0, SB)[None, :]
@@ -331,11 +344,12 @@ def _gated_norm_backward(dout, y, z, w, dy, dz, eps, sz, sdz, G: tl.constexpr, S
     tl.store(dy + row * (G * S) + at, du * gate * s, mask=m)
     tl.store(dz + row * sdz + at, du * v * s * (1 + gate * (1 - s)), mask=m)
 
-# %% ../nbs/01a_triton_kernels.ipynb #4ddf0317
+# %% ../nbs/01a_triton_kernels.ipynb #71308928
 def _groups(D: int, size: int) -> dict: # sizes of a tile that takes a row
     assert D % size == 0
     return dict(G=D // size, S=size, GB=triton.next_power_of_2(D // size), SB=triton.next_power_of_2(size))
 
+# %% ../nbs/01a_triton_kernels.ipynb #5dcb368b
 def gated_norm_forward(y: Tensor, # (T, D), contiguous
                        z: Tensor, # (T, D), rows contiguous
                        w: Tensor, # (D,)
@@ -348,6 +362,7 @@ def gated_norm_forward(y: Tensor, # (T, D), contiguous
     _gated_norm_forward[(len(y),)](y, z, w, out, eps, z.stride(0), **_groups(y.shape[1], size), num_warps=4)
     return out
 
+# %% ../nbs/01a_triton_kernels.ipynb #803b7d08
 def gated_norm_backward(dout: Tensor, # (T, D), contiguous
                         y: Tensor, z: Tensor, w: Tensor, eps: float, size: int, # as given to `gated_norm_forward`
                         dz: Tensor # (T, D), rows contiguous: where z's gradient goes
