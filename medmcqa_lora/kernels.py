@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KERNELS', 'INSTALL', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kernel', 'missing_kernels', 'lacking', 'check_kernels',
            'packing_collator', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'varlen_attention',
-           'check_padding', 'before_pass', 'keep_apart', 'first_blocks', 'neighbour_effect', 'packing_errors',
-           'kept_apart', 'choose_packing', 'describe_kernels']
+           'check_padding', 'find_documents', 'before_pass', 'keep_apart', 'first_blocks', 'neighbour_effect',
+           'packing_errors', 'kept_apart', 'choose_packing', 'describe_kernels']
 
-# %% ../nbs/02b_kernels.ipynb #0fb37193
+# %% ../nbs/02b_kernels.ipynb #51dec397
 import functools, importlib, importlib.util, inspect, os, sys
 from types import MethodType, ModuleType
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .recipe import Recipe
 from .experts import is_grouped
 from .fused import is_fused, use_triton
+from .mamba import LONGEST, can_scan, mamba_forward
 
 # %% ../nbs/02b_kernels.ipynb #9ca5f9c4
 def find_mamba_kernels() -> bool: # whether mamba_ssm can be imported now
@@ -86,7 +87,7 @@ def spread(x: Tensor, # (B, T, D) rows of several examples each
     mask = torch.zeros(shape, dtype=torch.long, device=x.device).index_put((row, column), torch.ones_like(row))
     return x.new_zeros(*shape, x.shape[-1]).index_put((row, column), x.flatten(0, 1)), mask, (row, column)
 
-# %% ../nbs/02b_kernels.ipynb #3f2d9cbb
+# %% ../nbs/02b_kernels.ipynb #14735253
 PACKED_CACHE = "packed rows in a pass with a cache: the state behind a row is its last example's alone; pass use_cache=False, or generate from one example a row"
 
 def lean_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
@@ -107,11 +108,15 @@ def isolated_forward(self, # a `NemotronHMamba2Mixer`
                      cache_params=None, # for generation
                      attention_mask: Tensor | None = None, # (B, T); none where nothing is padded
                      seq_idx: Tensor | None = None, # (B, T) the example each token belongs to; none: one a row
+                     documents: tuple[Tensor, Tensor] | None = None, # (B·T,) each: first and last of `ssd_kernels.document_ends`; none: they are long, or our kernels don't run
                      **kwargs # for the original forward
                     ) -> Tensor: # (B, T, hidden)
     "The Mamba block's forward in which examples of one row don't meet, on every path."
     original = functools.partial(type(self).forward, self)
     if seq_idx is not None and cache_params is not None: raise ValueError(PACKED_CACHE)
+    if documents is not None and cache_params is None and can_scan(self):
+        code = importlib.import_module(type(self).__module__)
+        return mamba_forward(self, code.apply_mask_to_padding_states(hidden_states, attention_mask), *documents)
     if cache_params is None and getattr(self, "lean", False) and hidden_states.is_cuda and not missing_kernels(): return lean_forward(self, hidden_states, attention_mask, seq_idx)
     if seq_idx is None: return original(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     if hidden_states.is_cuda and not missing_kernels(): return original(hidden_states, attention_mask=attention_mask, seq_idx=seq_idx, **kwargs)
@@ -158,8 +163,21 @@ def check_padding(mask: Tensor, # (B, T), 0 where padded
     side, use = ("right", "left; with use_cache=False, right padding is what is wanted") if cached else ("left", "right")
     raise ValueError(f"padding on the {side} of {int((at == 0).sum())} of {len(mask)} rows in a pass {'with' if cached else 'without'} a cache: it would enter the Mamba state; pad on the {use}")
 
-# %% ../nbs/02b_kernels.ipynb #1ace404c
-def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something is added
+# %% ../nbs/02b_kernels.ipynb #f28d7fce
+def find_documents(decoder: nn.Module, # a `NemotronHModel` that `keep_apart` changed
+                   ids: Tensor, # (B, T) tokens, or (B, T, hidden) embeddings
+                   seq_idx: Tensor | None, # (B or 1, T) the example each token belongs to; none: one a row
+                   longest: int | None = None # tokens of the longest example; none: not known
+                  ) -> tuple[Tensor, Tensor] | None: # first and last, (B·T,) int32; none where our Mamba kernels don't run
+    "Where each token's example begins and ends, for Mamba blocks on a GPU whose examples are short."
+    rows, length = ids.shape[:2]
+    longest = longest if isinstance(longest, int) and seq_idx is not None else length
+    if longest > LONGEST or not decoder.use_varlen or not use_triton(next(decoder.parameters())): return None
+    from medmcqa_lora.ssd_kernels import document_ends
+    return document_ends(ids.new_zeros(rows, length, dtype=torch.int32) if seq_idx is None else seq_idx.expand(rows, length))
+
+# %% ../nbs/02b_kernels.ipynb #ba36f5f1
+def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something may be added
     "A forward pre-hook: choose the attention function, tell Mamba where examples begin, refuse padding that would change an answer."
     config, mask, positions = decoder.config, kwargs.get("attention_mask"), kwargs.get("position_ids")
     packed = kwargs.get("cu_seq_lens_q") is not None
@@ -169,9 +187,13 @@ def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: 
     cached = kwargs.get("past_key_values") is not None or (config.use_cache if asked is None else asked)
     if isinstance(mask, Tensor) and mask.ndim == 2: check_padding(mask, cached)
     if cached and mask is None and positions is not None and bool(((positions == 0).sum(-1) > 1).any()): raise ValueError(PACKED_CACHE)
-    if cached or mask is not None or kwargs.get("seq_idx") is not None: return
-    if packed and positions is None: raise ValueError("packed rows without position_ids or seq_idx: the Mamba state would go on from one example to the next; pass both (packing_collator does)")
-    if positions is not None: return args, kwargs | {"seq_idx": (positions == 0).cumsum(-1, dtype=torch.int32)}  # as TRL's padding-free collator leaves it
+    if cached: return
+    seq_idx = kwargs.get("seq_idx")
+    if mask is None and seq_idx is None and packed and positions is None: raise ValueError("packed rows without position_ids or seq_idx: the Mamba state would go on from one example to the next; pass both (packing_collator does)")
+    if mask is None and seq_idx is None and positions is not None: seq_idx = (positions == 0).cumsum(-1, dtype=torch.int32)  # as TRL's padding-free collator leaves it
+    ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
+    documents = None if ids is None else find_documents(decoder, ids, seq_idx, kwargs.get("max_length_q"))
+    return args, kwargs | {k: v for k, v in dict(seq_idx=seq_idx, documents=documents).items() if v is not None}
 
 def keep_apart(model: nn.Module, # a causal language model of transformers, without LoRA; changed in place
                fast: bool = True # variable-length attention and the lean Mamba block where they can run; else always a mask, and transformers' own
@@ -258,7 +280,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #1c66babd
+# %% ../nbs/02b_kernels.ipynb #e85b7bb8
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -266,7 +288,9 @@ def describe_kernels(model: nn.Module, # with or without LoRA
     lines = []
     if model.config.model_type == "nemotron_h":
         missing = lacking(recipe)
-        lines = ["Mamba scan and convolution: " + ("PyTorch's own code, slow: no GPU here" if missing == ["a GPU"] else f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]
+        own = use_triton(next(model.parameters())) and any(getattr(m, "lean", False) and can_scan(m) for m in model.modules())
+        short = f"this package's kernels for rows of examples of up to {LONGEST:,} tokens; for longer ones " * own
+        lines = ["Mamba scan and convolution: " + short + ("PyTorch's own code, slow: no GPU here" if missing == ["a GPU"] else f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]
         if experts := [m for n, m in model.named_modules() if n.endswith(".experts")]:
             slow = f"; the others as transformers or PEFT computes them ({'fast = off' if recipe.fast == 'off' else recipe.backend if recipe.backend != 'hf' else 'of a form that is not known'})"
             lines.append(f"routed experts: grouped products in {(done := sum(map(is_grouped, experts)))} of {len(experts)} blocks" + slow * (done < len(experts)))
