@@ -87,7 +87,7 @@ def spread(x: Tensor, # (B, T, D) rows of several examples each
     mask = torch.zeros(shape, dtype=torch.long, device=x.device).index_put((row, column), torch.ones_like(row))
     return x.new_zeros(*shape, x.shape[-1]).index_put((row, column), x.flatten(0, 1)), mask, (row, column)
 
-# %% ../nbs/02b_kernels.ipynb #14735253
+# %% ../nbs/02b_kernels.ipynb #8bf3bf68
 PACKED_CACHE = "packed rows in a pass with a cache: the state behind a row is its last example's alone; pass use_cache=False, or generate from one example a row"
 
 def lean_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
@@ -103,6 +103,7 @@ def lean_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
         headdim=self.head_dim, ngroups=self.n_groups, norm_before_gate=False, return_final_states=False, dt_limit=self.time_step_limit)
     return self.out_proj(y.to(hidden_states.dtype))
 
+# %% ../nbs/02b_kernels.ipynb #4523be2b
 def isolated_forward(self, # a `NemotronHMamba2Mixer`
                      hidden_states: Tensor, # (B, T, hidden)
                      cache_params=None, # for generation

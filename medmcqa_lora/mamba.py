@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/01d_mamba.ipynb #69f0c007
+# %% ../nbs/01d_mamba.ipynb #86f5949c
 class Sizes(NamedTuple):
     "Of a Mamba-2 block: heads, numbers a head, groups, numbers a state; limits of the time step; the norm's epsilon."
     heads: int
@@ -35,12 +35,13 @@ class Sizes(NamedTuple):
         x, B, C = mixed.split([self.heads * self.width, *[self.groups * self.state] * 2], -1)
         return x.unflatten(-1, (self.heads, self.width)), *(t.unflatten(-1, (self.groups, self.state)) for t in (B, C))
 
+# %% ../nbs/01d_mamba.ipynb #1e2b3873
 def mixer_sizes(module: nn.Module # a `NemotronHMamba2Mixer`
                ) -> Sizes:
     "The sizes of a block of transformers."
     return Sizes(module.num_heads, module.head_dim, module.n_groups, module.ssm_state_size, *map(float, module.time_step_limit), module.norm.variance_epsilon)
 
-# %% ../nbs/01d_mamba.ipynb #258bd2d5
+# %% ../nbs/01d_mamba.ipynb #b1bf1443
 class Frozen(NamedTuple):
     "The parameters of a Mamba-2 block between its projections; none of them is trained."
     conv: Tensor  # (C, 4)
@@ -50,6 +51,7 @@ class Frozen(NamedTuple):
     D: Tensor  # (heads,)
     norm: Tensor  # (inner,)
 
+# %% ../nbs/01d_mamba.ipynb #68342d1f
 def scan_stations(projected: Tensor, # (T, …) result of the input projection
                   first: Tensor, # (T,) int32
                   frozen: Frozen, sizes: Sizes
@@ -110,7 +112,7 @@ class MambaScan(torch.autograd.Function):
         projected, first, last, *frozen = ctx.saved_tensors
         return scan_backward(g.contiguous(), projected, first, last, Frozen(*frozen), ctx.sizes), *[None] * (3 + len(frozen))
 
-# %% ../nbs/01d_mamba.ipynb #526f4c78
+# %% ../nbs/01d_mamba.ipynb #6a6f149f
 LONGEST = 1024  # tokens of a document; the work grows with the square of a document's length, and a scan in chunks takes over
 
 def can_scan(module: nn.Module # a `NemotronHMamba2Mixer`, on any device
@@ -122,12 +124,14 @@ def can_scan(module: nn.Module # a `NemotronHMamba2Mixer`, on any device
     if any(p.requires_grad or p.dtype not in (torch.bfloat16, torch.float32) for p in own if p is not None): return False
     return can_ssd(module.head_dim, module.ssm_state_size) and module.num_heads % module.n_groups == 0 and module.norm.group_size * module.n_groups == module.intermediate_size
 
+# %% ../nbs/01d_mamba.ipynb #b762c9d7
 def frozen_parts(module: nn.Module # a `NemotronHMamba2Mixer`
                 ) -> Frozen:
     "A block's parameters as the kernels take them."
     conv = module.conv1d.weight.squeeze(1), module.conv1d.bias
     return Frozen(*conv, module.dt_bias, -torch.exp(module.A_log.float()), module.D, module.norm.weight)
 
+# %% ../nbs/01d_mamba.ipynb #dc4d80ce
 def mamba_forward(module: nn.Module, # a `NemotronHMamba2Mixer` that `can_scan`
                   hidden_states: Tensor, # (B, T, hidden)
                   first: Tensor, last: Tensor # (B · T,) int32, from `ssd_kernels.document_ends`

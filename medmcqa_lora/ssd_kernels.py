@@ -6,12 +6,12 @@
 __all__ = ['FORWARD', 'ROWS', 'COLUMNS', 'STATES', 'launch', 'can_ssd', 'document_ends', 'dt_forward', 'dt_backward',
            'ssd_forward', 'ssd_backward']
 
-# %% ../nbs/01c_ssd_kernels.ipynb #d44bda6f
-import torch, triton
+# %% ../nbs/01c_ssd_kernels.ipynb #40c2f58a
+import torch, torch.nn.functional as F, triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/01c_ssd_kernels.ipynb #0a3d84a3
+# %% ../nbs/01c_ssd_kernels.ipynb #24bc86f2
 FORWARD = dict(BM=64, BN=64, num_warps=4, num_stages=2)  # y
 ROWS = dict(BM=64, BN=64, num_warps=8, num_stages=2)  # the gradient of C, and the queries' part of a's
 COLUMNS = dict(BM=64, BN=64, num_warps=4, num_stages=2)  # the gradients of x and dt, and the keys' part of a's
@@ -23,24 +23,22 @@ def launch(setting: dict, # one of the above
     "A kernel's block sizes and compiler options for inputs of x's type."
     return setting if x.dtype != torch.float32 else setting | {"num_stages": 1}
 
+# %% ../nbs/01c_ssd_kernels.ipynb #8595944d
 def can_ssd(P: int, # numbers a head
             N: int # numbers a state
            ) -> bool: # False: a scan in chunks has to do it
-    "Whether the kernels take these sizes: powers of two from 16 to 128, as tensor cores want them."
+    "Whether the kernels take these sizes: powers of two from 16 to 128."
     return all(16 <= n <= 128 and n & (n - 1) == 0 for n in (P, N))
 
-# %% ../nbs/01c_ssd_kernels.ipynb #fddb6d4c
+# %% ../nbs/01c_ssd_kernels.ipynb #960f9b10
 def document_ends(seq_idx: Tensor # (R, T) or (T,) the document each token belongs to; rows follow each other and don't share documents
                  ) -> tuple[Tensor, Tensor]: # first, last: (R · T,) int32
     "Index of the first token of each token's document, and one past its last."
     rows = seq_idx.reshape(-1, seq_idx.shape[-1])
-    new = torch.ones_like(rows, dtype=torch.bool)
-    new[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    new, at = new.flatten(), torch.arange(rows.numel(), device=rows.device)
-    first = torch.where(new, at, 0).cummax(0).values
-    after = torch.where(new, at, len(at)).roll(-1)  # the next token, where it begins a document
-    after[-1:] = len(at)
-    return first.int(), after.flip(0).cummin(0).values.flip(0).int()
+    new = F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True).flatten()
+    at = torch.arange(len(new), device=new.device, dtype=torch.int32)
+    first, after = torch.where(new, at, 0).cummax(0).values, torch.where(new, at, len(at))[1:]  # after: the next token, where it begins a document
+    return first, F.pad(after, (0, 1), value=len(at)).flip(0).cummin(0).values.flip(0)
 
 # %% ../nbs/01c_ssd_kernels.ipynb #8d0e2036
 @triton.jit
@@ -48,52 +46,80 @@ def _tile(base, start, stride, T, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     row, c = start + tl.arange(0, SIZE), tl.arange(0, WIDTH)
     return tl.load(base + row.to(tl.int64)[:, None] * stride + c[None, :], mask=(row < T)[:, None], other=0.0)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #86c6d897
+# %% ../nbs/01c_ssd_kernels.ipynb #d76617ce
+@triton.jit
+def _put(base, start, stride, T, values, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    row, c = start + tl.arange(0, SIZE), tl.arange(0, WIDTH)
+    tl.store(base + row.to(tl.int64)[:, None] * stride + c[None, :], values, mask=(row < T)[:, None])
+
+# %% ../nbs/01c_ssd_kernels.ipynb #da80c440
+@triton.jit
+def _line(base, start, T, other, SIZE: tl.constexpr):
+    at = start + tl.arange(0, SIZE)
+    return tl.load(base + at, mask=at < T, other=other)
+
+# %% ../nbs/01c_ssd_kernels.ipynb #013d6975
+@triton.jit
+def _seen(i, j, first):
+    return (j <= i) & (j >= first)
+
+@triton.jit
+def _decay(ai, aj, seen):
+    return tl.exp(tl.where(seen, ai - aj, -float("inf")))
+
+# %% ../nbs/01c_ssd_kernels.ipynb #79a483b7
+@triton.jit
+def _products(u, v):
+    return tl.dot(u, tl.trans(v), input_precision="ieee")
+
+# %% ../nbs/01c_ssd_kernels.ipynb #e3663dd0
 @triton.jit
 def _softplus(v):
     e = tl.exp(tl.minimum(v, 20.0))
     u = 1 + e
     return tl.where(v > 20, v, tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1))))
 
+# %% ../nbs/01c_ssd_kernels.ipynb #be6ea0d0
+@triton.jit
+def _raw(raw, bias, start, h, stride, T, H, BLOCK: tl.constexpr):
+    row = start + tl.arange(0, BLOCK)
+    b = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
+    return tl.load(raw + row.to(tl.int64)[:, None] * stride + h[None, :], mask=(row < T)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32) + b[None, :]
+
+# %% ../nbs/01c_ssd_kernels.ipynb #4647b7c7
 @triton.jit(do_not_specialize=["T"])
 def _dt_forward(raw, bias, A, first, dt, a, T, stride, low, high, H: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     i0, h = tl.program_id(0) * BLOCK, tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    i, heads = i0 + tl.arange(0, BLOCK), (h < H)[None, :]
-    f = tl.load(first + i, mask=i < T, other=T)
-    b = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    i, f = i0 + tl.arange(0, BLOCK), _line(first, i0, T, T, BLOCK)
     total = tl.zeros((BLOCK, HEADS), tl.float32)
-    for j0 in range(tl.load(first + i0), tl.minimum(i0 + BLOCK, T), BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
-        v = tl.load(raw + j.to(tl.int64)[:, None] * stride + h[None, :], mask=(j < T)[:, None] & heads, other=0.0).to(tl.float32) + b
-        v = tl.minimum(tl.maximum(_softplus(v), low), high)
-        before = (j[None, :] <= i[:, None]) & (j[None, :] >= f[:, None])
-        total = tl.dot(before.to(tl.float32), v, total, input_precision="ieee")
-    v = tl.load(raw + i.to(tl.int64)[:, None] * stride + h[None, :], mask=(i < T)[:, None] & heads, other=0.0).to(tl.float32) + b
-    at, m = h[None, :].to(tl.int64) * T + i[:, None], (i < T)[:, None] & heads
-    tl.store(dt + at, tl.minimum(tl.maximum(_softplus(v), low), high), mask=m)
+    for j0 in range(tl.load(first + i0), i0 + BLOCK, BLOCK):
+        v = tl.minimum(tl.maximum(_softplus(_raw(raw, bias, j0, h, stride, T, H, BLOCK)), low), high)
+        seen = _seen(i[:, None], j0 + tl.arange(0, BLOCK)[None, :], f[:, None])
+        total = tl.dot(seen.to(tl.float32), v, total, input_precision="ieee")
+    v = tl.minimum(tl.maximum(_softplus(_raw(raw, bias, i0, h, stride, T, H, BLOCK)), low), high)
+    at, m = h[None, :].to(tl.int64) * T + i[:, None], (i < T)[:, None] & (h < H)[None, :]
+    tl.store(dt + at, v, mask=m)
     tl.store(a + at, total * tl.load(A + h, mask=h < H, other=0.0)[None, :], mask=m)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #aa94577e
+# %% ../nbs/01c_ssd_kernels.ipynb #9808c7d4
 @triton.jit(do_not_specialize=["T"])
-def _dt_backward(da, ddt, raw, bias, A, last, out, T, stride, out_stride, low, high, H: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+def _dt_backward(da, ddt, raw, bias, A, first, last, out, T, stride, out_stride, low, high, H: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     k0, h = tl.program_id(0) * BLOCK, tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    k, heads = k0 + tl.arange(0, BLOCK), (h < H)[None, :]
-    at, m = h[None, :].to(tl.int64) * T, (k < T)[:, None] & heads
-    end = tl.load(last + k, mask=k < T, other=0)
+    k, heads, at = k0 + tl.arange(0, BLOCK), (h < H)[None, :], h[None, :].to(tl.int64) * T
     total = tl.zeros((BLOCK, HEADS), tl.float32)
     for i0 in range(k0, tl.load(last + tl.minimum(k0 + BLOCK, T) - 1), BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         v = tl.load(da + at + i[:, None], mask=(i < T)[:, None] & heads, other=0.0)
-        behind = (i[None, :] >= k[:, None]) & (i[None, :] < end[:, None])
-        total = tl.dot(behind.to(tl.float32), v, total, input_precision="ieee")
+        seen = _seen(i[None, :], k[:, None], _line(first, i0, T, T, BLOCK)[None, :])
+        total = tl.dot(seen.to(tl.float32), v, total, input_precision="ieee")
+    m = (k < T)[:, None] & heads
     total = total * tl.load(A + h, mask=h < H, other=0.0)[None, :] + tl.load(ddt + at + k[:, None], mask=m, other=0.0)
-    v = tl.load(raw + k.to(tl.int64)[:, None] * stride + h[None, :], mask=m, other=0.0).to(tl.float32)
-    v += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    v = _raw(raw, bias, k0, h, stride, T, H, BLOCK)
     s = _softplus(v)
     d = tl.where((s < low) | (s > high), 0.0, total * tl.sigmoid(v))
     tl.store(out + k.to(tl.int64)[:, None] * out_stride + h[None, :], d, mask=m)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #06001b0d
+# %% ../nbs/01c_ssd_kernels.ipynb #6b31a383
 def dt_forward(raw: Tensor, # (T, H), rows may lie apart
                bias: Tensor, # (H,)
                A: Tensor, # (H,) float32, negative
@@ -107,38 +133,34 @@ def dt_forward(raw: Tensor, # (T, H), rows may lie apart
     _dt_forward[(triton.cdiv(T, BLOCK), triton.cdiv(H, HEADS))](raw, bias, A, first, dt, a, T, raw.stride(0), low, high, H=H, BLOCK=BLOCK, HEADS=HEADS)
     return dt, a
 
+# %% ../nbs/01c_ssd_kernels.ipynb #aa28a405
 def dt_backward(da: Tensor, ddt: Tensor, # (H, T) float32, gradients of `dt_forward`'s results
                 raw: Tensor, bias: Tensor, A: Tensor, # as given to it
-                last: Tensor, # (T,) from `document_ends`
+                first: Tensor, last: Tensor, # (T,) from `document_ends`
                 low: float, high: float, # limits of dt
                 out: Tensor # (T, H), rows may lie apart; becomes the gradient of raw
                ) -> None:
     "The gradient of `dt_forward`."
     (T, H), BLOCK, HEADS = raw.shape, 32, 16
     assert raw.stride(1) == out.stride(1) == 1 and da.is_contiguous() and ddt.is_contiguous()
-    _dt_backward[(triton.cdiv(T, BLOCK), triton.cdiv(H, HEADS))](da, ddt, raw, bias, A, last, out, T, raw.stride(0), out.stride(0), low, high, H=H, BLOCK=BLOCK, HEADS=HEADS)
+    _dt_backward[(triton.cdiv(T, BLOCK), triton.cdiv(H, HEADS))](da, ddt, raw, bias, A, first, last, out, T, raw.stride(0), out.stride(0), low, high, H=H, BLOCK=BLOCK, HEADS=HEADS)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #c679ab46
+# %% ../nbs/01c_ssd_kernels.ipynb #f9936987
 @triton.jit(do_not_specialize=["T"])
 def _ssd_forward(x, B, C, dt, a, D, first, y, T, x_stride, b_stride, c_stride, y_stride, HG: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, i0 = tl.program_id(0), tl.program_id(1) * BM
     x, B, C, dt, a = x + h * P, B + h // HG * N, C + h // HG * N, dt + h.to(tl.int64) * T, a + h.to(tl.int64) * T
-    i = i0 + tl.arange(0, BM)
-    f, ai = tl.load(first + i, mask=i < T, other=T), tl.load(a + i, mask=i < T, other=0.0)
-    c = _tile(C, i0, c_stride, T, BM, N)
-    total = tl.zeros((BM, P), tl.float32)
+    i, f, ai = i0 + tl.arange(0, BM), _line(first, i0, T, T, BM), _line(a, i0, T, 0.0, BM)
+    c, total = _tile(C, i0, c_stride, T, BM, N), tl.zeros((BM, P), tl.float32)
     for j0 in range(tl.load(first + i0), tl.minimum(i0 + BM, T), BN):
-        j = j0 + tl.arange(0, BN)
-        s = tl.dot(c, tl.trans(_tile(B, j0, b_stride, T, BN, N)), input_precision="ieee")
-        aj, dtj = tl.load(a + j, mask=j < T, other=0.0), tl.load(dt + j, mask=j < T, other=0.0)
-        s = s * tl.exp(tl.minimum(ai[:, None] - aj[None, :], 0.0)) * dtj[None, :]
-        s = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= f[:, None]), s, 0.0)
+        seen = _seen(i[:, None], j0 + tl.arange(0, BN)[None, :], f[:, None])
+        s = _products(c, _tile(B, j0, b_stride, T, BN, N)) * _decay(ai[:, None], _line(a, j0, T, 0.0, BN)[None, :], seen)
+        s = s * _line(dt, j0, T, 0.0, BN)[None, :]
         total = tl.dot(s.to(x.dtype.element_ty), _tile(x, j0, x_stride, T, BN, P), total, input_precision="ieee")
     total += tl.load(D + h).to(tl.float32) * _tile(x, i0, x_stride, T, BM, P).to(tl.float32)
-    at = y + h * P + i.to(tl.int64)[:, None] * y_stride + tl.arange(0, P)[None, :]
-    tl.store(at, total, mask=(i < T)[:, None])
+    _put(y + h * P, i0, y_stride, T, total, BM, P)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #59ffa3b1
+# %% ../nbs/01c_ssd_kernels.ipynb #fd3cf23c
 def ssd_forward(x: Tensor, # (T, H, P), rows may lie apart
                 B: Tensor, C: Tensor, # (T, G, N), likewise; of x's type
                 dt: Tensor, a: Tensor, # (H, T) float32 from `dt_forward`
@@ -153,82 +175,74 @@ def ssd_forward(x: Tensor, # (T, H, P), rows may lie apart
     _ssd_forward[(H, triton.cdiv(T, FORWARD["BM"]))](x, B, C, dt, a, D, first, y, T, x.stride(0), B.stride(0), C.stride(0), y.stride(0), HG=H // G, P=P, N=N, **launch(FORWARD, x))
     return y
 
-# %% ../nbs/01c_ssd_kernels.ipynb #c068b512
+# %% ../nbs/01c_ssd_kernels.ipynb #2d05a954
+@triton.jit
+def _weights(dy, x, dt, a, i0, j0, seen, T, dy_stride, x_stride, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEYS: tl.constexpr):
+    u, v = _tile(dy, i0, dy_stride, T, BM, P), _tile(x, j0, x_stride, T, BN, P)
+    ai, aj, dtj = _line(a, i0, T, 0.0, BM), _line(a, j0, T, 0.0, BN), _line(dt, j0, T, 0.0, BN)
+    if KEYS: return _products(v, u) * _decay(ai[None, :], aj[:, None], seen) * dtj[:, None]
+    else: return _products(u, v) * _decay(ai[:, None], aj[None, :], seen) * dtj[None, :]
+
+# %% ../nbs/01c_ssd_kernels.ipynb #3dbf97e2
 @triton.jit(do_not_specialize=["T"])
 def _ssd_rows(dy, x, B, C, dt, a, first, dC, da, T, dy_stride, x_stride, b_stride, c_stride, dc_stride,
               HG: tl.constexpr, HB: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     g, i0 = tl.program_id(0), tl.program_id(1) * BM
-    dy, x, B, C, dt, a, da = dy + g * HG * P, x + g * HG * P, B + g * N, C + g * N, dt + g.to(tl.int64) * HG * T, a + g.to(tl.int64) * HG * T, da + g.to(tl.int64) * HG * T
-    i, heads = i0 + tl.arange(0, BM), tl.arange(0, HB)
-    f = tl.load(first + i, mask=i < T, other=T)
-    c = _tile(C, i0, c_stride, T, BM, N)
-    dc, parts = tl.zeros((BM, N), tl.float32), tl.zeros((BM, HB), tl.float32)
+    h = g.to(tl.int64) * HG
+    i, heads, f = i0 + tl.arange(0, BM), tl.arange(0, HB), _line(first, i0, T, T, BM)
+    c, dc, parts = _tile(C + g * N, i0, c_stride, T, BM, N), tl.zeros((BM, N), tl.float32), tl.zeros((BM, HB), tl.float32)
     for j0 in range(tl.load(first + i0), tl.minimum(i0 + BM, T), BN):
         j = j0 + tl.arange(0, BN)
-        seen = (j[None, :] <= i[:, None]) & (j[None, :] >= f[:, None])
-        b = _tile(B, j0, b_stride, T, BN, N)
-        s = tl.where(j[None, :] < i[:, None], tl.dot(c, tl.trans(b), input_precision="ieee"), 0.0)
+        b = _tile(B + g * N, j0, b_stride, T, BN, N)
+        s, seen = tl.where(j[None, :] < i[:, None], _products(c, b), 0.0), _seen(i[:, None], j[None, :], f[:, None])
         w = tl.zeros((BM, BN), tl.float32)
         for k in range(HG):
-            v = tl.dot(_tile(dy + k * P, i0, dy_stride, T, BM, P), tl.trans(_tile(x + k * P, j0, x_stride, T, BN, P)), input_precision="ieee")
-            ai, aj = tl.load(a + k * T + i, mask=i < T, other=0.0), tl.load(a + k * T + j, mask=j < T, other=0.0)
-            v = v * tl.exp(tl.minimum(ai[:, None] - aj[None, :], 0.0)) * tl.load(dt + k * T + j, mask=j < T, other=0.0)[None, :]
-            v = tl.where(seen, v, 0.0)
+            v = _weights(dy + (h + k) * P, x + (h + k) * P, dt + (h + k) * T, a + (h + k) * T, i0, j0, seen, T, dy_stride, x_stride, P, BM, BN, False)
             w += v
             parts += tl.where(heads[None, :] == k, tl.sum(v * s, 1)[:, None], 0.0)
         dc = tl.dot(w.to(b.dtype), b, dc, input_precision="ieee")
-    tl.store(dC + g * N + i.to(tl.int64)[:, None] * dc_stride + tl.arange(0, N)[None, :], dc, mask=(i < T)[:, None])
-    tl.store(da + heads[None, :].to(tl.int64) * T + i[:, None], parts, mask=(i < T)[:, None] & (heads < HG)[None, :])
+    _put(dC + g * N, i0, dc_stride, T, dc, BM, N)
+    tl.store(da + (h + heads)[None, :] * T + i[:, None], parts, mask=(i < T)[:, None] & (heads < HG)[None, :])
 
-# %% ../nbs/01c_ssd_kernels.ipynb #2dde1479
+# %% ../nbs/01c_ssd_kernels.ipynb #b499679b
 @triton.jit(do_not_specialize=["T"])
 def _ssd_columns(dy, x, B, C, dt, a, D, first, last, dx, ddt, da, T, dy_stride, x_stride, b_stride, c_stride, dx_stride,
                  HG: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     h, j0 = tl.program_id(0), tl.program_id(1) * BN
-    dy, x, B, C, dt, a, at = dy + h * P, x + h * P, B + h // HG * N, C + h // HG * N, dt + h.to(tl.int64) * T, a + h.to(tl.int64) * T, h.to(tl.int64) * T
-    j = j0 + tl.arange(0, BN)
-    aj, dtj = tl.load(a + j, mask=j < T, other=0.0), tl.load(dt + j, mask=j < T, other=0.0)
-    b, xj = _tile(B, j0, b_stride, T, BN, N), _tile(x, j0, x_stride, T, BN, P)
+    dy, x, C, dt, a, at = dy + h * P, x + h * P, C + h // HG * N, dt + h.to(tl.int64) * T, a + h.to(tl.int64) * T, h.to(tl.int64) * T
+    j, aj, dtj = j0 + tl.arange(0, BN), _line(a, j0, T, 0.0, BN), _line(dt, j0, T, 0.0, BN)
+    b, xj = _tile(B + h // HG * N, j0, b_stride, T, BN, N), _tile(x, j0, x_stride, T, BN, P)
     total, own, others = tl.zeros((BN, P), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     for i0 in range(j0, tl.load(last + tl.minimum(j0 + BN, T) - 1), BM):
-        i = i0 + tl.arange(0, BM)
-        f, ai = tl.load(first + i, mask=i < T, other=T), tl.load(a + i, mask=i < T, other=0.0)
-        g = _tile(dy, i0, dy_stride, T, BM, P)
-        s = tl.dot(b, tl.trans(_tile(C, i0, c_stride, T, BM, N)), input_precision="ieee")
-        s = s * tl.exp(tl.minimum(ai[None, :] - aj[:, None], 0.0))
-        s = tl.where((j[:, None] <= i[None, :]) & (j[:, None] >= f[None, :]), s, 0.0)
-        v = s * tl.dot(xj, tl.trans(g), input_precision="ieee")
+        i, g = i0 + tl.arange(0, BM), _tile(dy, i0, dy_stride, T, BM, P)
+        seen = _seen(i[None, :], j[:, None], _line(first, i0, T, T, BM)[None, :])
+        s = _products(b, _tile(C, i0, c_stride, T, BM, N)) * _decay(_line(a, i0, T, 0.0, BM)[None, :], aj[:, None], seen)
+        v = s * _products(xj, g)
         total = tl.dot(s.to(g.dtype), g, total, input_precision="ieee")
         own += tl.sum(tl.where(j[:, None] == i[None, :], v, 0.0), 1)
         others += tl.sum(tl.where(j[:, None] == i[None, :], 0.0, v), 1)
     total = total * dtj[:, None] + tl.load(D + h).to(tl.float32) * _tile(dy, j0, dy_stride, T, BN, P).to(tl.float32)
-    tl.store(dx + h * P + j.to(tl.int64)[:, None] * dx_stride + tl.arange(0, P)[None, :], total, mask=(j < T)[:, None])
+    _put(dx + h * P, j0, dx_stride, T, total, BN, P)
     tl.store(ddt + at + j, own + others, mask=j < T)
-    tl.store(da + at + j, tl.load(da + at + j, mask=j < T, other=0.0) - others * dtj, mask=j < T)
+    tl.store(da + at + j, _line(da + at, j0, T, 0.0, BN) - others * dtj, mask=j < T)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #d2eb594a
+# %% ../nbs/01c_ssd_kernels.ipynb #c10369c0
 @triton.jit(do_not_specialize=["T"])
 def _ssd_states(dy, x, C, dt, a, first, last, dB, T, dy_stride, x_stride, c_stride, db_stride,
                 HG: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     g, j0 = tl.program_id(0), tl.program_id(1) * BN
-    dy, x, C, dt, a = dy + g * HG * P, x + g * HG * P, C + g * N, dt + g.to(tl.int64) * HG * T, a + g.to(tl.int64) * HG * T
-    j = j0 + tl.arange(0, BN)
-    db = tl.zeros((BN, N), tl.float32)
+    h = g.to(tl.int64) * HG
+    j, db = j0 + tl.arange(0, BN), tl.zeros((BN, N), tl.float32)
     for i0 in range(j0, tl.load(last + tl.minimum(j0 + BN, T) - 1), BM):
-        i = i0 + tl.arange(0, BM)
-        f = tl.load(first + i, mask=i < T, other=T)
-        seen = (j[:, None] <= i[None, :]) & (j[:, None] >= f[None, :])
+        seen = _seen(i0 + tl.arange(0, BM)[None, :], j[:, None], _line(first, i0, T, T, BM)[None, :])
         w = tl.zeros((BN, BM), tl.float32)
         for k in range(HG):
-            v = tl.dot(_tile(x + k * P, j0, x_stride, T, BN, P), tl.trans(_tile(dy + k * P, i0, dy_stride, T, BM, P)), input_precision="ieee")
-            ai, aj = tl.load(a + k * T + i, mask=i < T, other=0.0), tl.load(a + k * T + j, mask=j < T, other=0.0)
-            v = v * tl.exp(tl.minimum(ai[None, :] - aj[:, None], 0.0)) * tl.load(dt + k * T + j, mask=j < T, other=0.0)[:, None]
-            w += tl.where(seen, v, 0.0)
-        c = _tile(C, i0, c_stride, T, BM, N)
+            w += _weights(dy + (h + k) * P, x + (h + k) * P, dt + (h + k) * T, a + (h + k) * T, i0, j0, seen, T, dy_stride, x_stride, P, BM, BN, True)
+        c = _tile(C + g * N, i0, c_stride, T, BM, N)
         db = tl.dot(w.to(c.dtype), c, db, input_precision="ieee")
-    tl.store(dB + g * N + j.to(tl.int64)[:, None] * db_stride + tl.arange(0, N)[None, :], db, mask=(j < T)[:, None])
+    _put(dB + g * N, j0, db_stride, T, db, BN, N)
 
-# %% ../nbs/01c_ssd_kernels.ipynb #bcbbd951
+# %% ../nbs/01c_ssd_kernels.ipynb #51bf22a0
 def ssd_backward(dy: Tensor, # (T, H, P), rows may lie apart; of x's type
                  x: Tensor, B: Tensor, C: Tensor, dt: Tensor, a: Tensor, D: Tensor, first: Tensor, # as given to `ssd_forward`
                  last: Tensor, # (T,) from `document_ends`

@@ -57,7 +57,7 @@ def rms_backward(dy: Tensor, x: Tensor, # (N, D), contiguous
     "The gradient of `rms_forward`."
     return add_rms_backward(dy, None, x, w, rstd)
 
-# %% ../nbs/01a_triton_kernels.ipynb #f094f4ef
+# %% ../nbs/01a_triton_kernels.ipynb #4837e089
 def add_rms_forward(x: Tensor, f: Tensor, # (N, D), contiguous, of one type: the stream, and what is added to it
                     w: Tensor, # (D,)
                     eps: float # added to the mean square
@@ -67,6 +67,7 @@ def add_rms_forward(x: Tensor, f: Tensor, # (N, D), contiguous, of one type: the
     _rms_forward[(len(x),)](x, f, w, h, y, rstd, eps, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), ADD=True, num_warps=8)
     return h, y, rstd
 
+# %% ../nbs/01a_triton_kernels.ipynb #ece03643
 def add_rms_backward(dy: Tensor, # (N, D), contiguous: gradient of y
                      dh: Tensor | None, # (N, D), contiguous: what else arrives at h
                      h: Tensor, # (N, D), contiguous
@@ -215,11 +216,12 @@ def _sigmoid(x):
     return tl.inline_asm_elementwise("""{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e;
         add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }""", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)  # 1 / (1 + 2 ^ (-1.442695 x))
 
-# %% ../nbs/01a_triton_kernels.ipynb #09d79020
+# %% ../nbs/01a_triton_kernels.ipynb #8859a6d7
 @triton.jit
 def _row(x, t, stride, c, m, T):
     return tl.load(x + t * stride + c, mask=m & (t >= 0) & (t < T), other=0.0).to(tl.float32)
 
+# %% ../nbs/01a_triton_kernels.ipynb #691bd579
 @triton.jit
 def _taps(w, b, c, m, sc, sk, BIAS: tl.constexpr):
     bias = tl.zeros_like(c).to(tl.float32)
@@ -230,12 +232,13 @@ def _taps(w, b, c, m, sc, sk, BIAS: tl.constexpr):
     w3 = tl.load(w + c * sc + 3 * sk, mask=m, other=0.0).to(tl.float32)
     return w0, w1, w2, w3, bias
 
-# %% ../nbs/01a_triton_kernels.ipynb #080b2427
+# %% ../nbs/01a_triton_kernels.ipynb #52b95575
 @triton.jit
 def _convolve(x3, x2, x1, x0, w0, w1, w2, w3, bias, back):  # back: how many tokens of the document stand before this one
     p = bias + w3 * x0 + w2 * tl.where(back >= 1, x1, 0.0)
     return p + w1 * tl.where(back >= 2, x2, 0.0) + w0 * tl.where(back >= 3, x3, 0.0)
 
+# %% ../nbs/01a_triton_kernels.ipynb #b1128569
 @triton.jit
 def _back(first, t, T): return t - tl.load(first + t, mask=t < T, other=0)
 
