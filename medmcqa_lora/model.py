@@ -101,8 +101,9 @@ TOY = dict(hybrid_override_pattern="MEM*-E", vocab_size=1024, hidden_size=64, nu
            n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96,
            max_position_embeddings=2048, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/02_model.ipynb #bfac7332
+# %% ../nbs/02_model.ipynb #e5bead5f
 def _make_toy(folder: Path) -> None:
+    find_mamba_kernels()  # a run on this model may follow in this process
     from transformers import NemotronHConfig, NemotronHForCausalLM
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         torch.manual_seed(0)
