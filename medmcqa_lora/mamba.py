@@ -72,7 +72,7 @@ def scan_forward(projected: Tensor, first: Tensor, frozen: Frozen, sizes: Sizes 
     y, z = scan_stations(projected, first, frozen, sizes)[-1].flatten(1), sizes.strips(projected)[0]
     return gated_norm_forward(y, z, frozen.norm, sizes.eps, y.shape[1] // sizes.groups)
 
-# %% ../nbs/01d_mamba.ipynb #7803eba8
+# %% ../nbs/01d_mamba.ipynb #6f7c1f50
 def scan_backward(g: Tensor, # (T, inner) gradient of `scan_forward`'s result
                   projected: Tensor, first: Tensor, # as given to it
                   last: Tensor, # (T,) int32
@@ -86,7 +86,7 @@ def scan_backward(g: Tensor, # (T, inner) gradient of `scan_forward`'s result
     dz, dstrip, draw = sizes.strips(grad)
     dy = gated_norm_backward(g, y.flatten(1), z, frozen.norm, sizes.eps, y[0].numel() // sizes.groups, dz)
     ddt, da = ssd_backward(dy.view_as(y), *sizes.parts(mixed), dt, a, frozen.D, first, last, *sizes.parts(dmixed))
-    dt_backward(da, ddt, raw, frozen.dt_bias, frozen.A, last, sizes.low, sizes.high, draw)
+    dt_backward(da, ddt, raw, frozen.dt_bias, frozen.A, first, last, sizes.low, sizes.high, draw)
     conv_backward(dmixed, strip, frozen.conv, frozen.conv_bias, first, dstrip)
     return grad
 
