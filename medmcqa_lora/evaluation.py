@@ -99,7 +99,7 @@ def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]: # gives it on the host
         return host
     return wait
 
-# %% ../nbs/04_evaluation.ipynb #21fa6671
+# %% ../nbs/04_evaluation.ipynb #29c8a85f
 @torch.inference_mode()
 def letters_ahead(model: nn.Module, # in eval mode
                   rows: list[list[int]], # B × (T,) ids of prompts
@@ -114,6 +114,7 @@ def letters_ahead(model: nn.Module, # in eval mode
     logits = model(**send(batch, device), use_cache=False).logits[at["row"], at["column"]]  # (B, vocabulary)
     return fetch(logits.float().log_softmax(-1)[:, at["letters"]])
 
+# %% ../nbs/04_evaluation.ipynb #2d37afeb
 def letter_logprobs(model: nn.Module, # in eval mode
                     rows: list[list[int]], # B × (T,) ids of prompts
                     letters: tuple[int, ...], # ids of A, B, C, D
@@ -309,7 +310,7 @@ def begin_evaluation(folder: Path, # made if missing
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 
-# %% ../nbs/04_evaluation.ipynb #43911f11
+# %% ../nbs/04_evaluation.ipynb #fdd768eb
 def record_packing(folder: Path, # begun
                    packed: bool # from `choose_scoring`
                   ) -> None:
@@ -320,6 +321,7 @@ def record_packing(folder: Path, # begun
     if before != packed: raise ValueError(f"--resume {folder}: holds another evaluation (prompts were {words[before]}, are {words[packed]}); use -p packing {'on' if before else 'off'}, or another --out")
     write_json(file, settings | dict(packed=packed))
 
+# %% ../nbs/04_evaluation.ipynb #ba467796
 def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]

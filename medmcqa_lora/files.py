@@ -40,7 +40,7 @@ def save_figure(fig, # a matplotlib Figure
     write_whole(path, buffer.getvalue())
     return fig
 
-# %% ../nbs/00a_files.ipynb #1d678b5d
+# %% ../nbs/00a_files.ipynb #91c961c5
 def append_lines(path: Path, # made if missing
                  values: list[dict] # without NaN
                 ) -> None:
@@ -48,6 +48,7 @@ def append_lines(path: Path, # made if missing
     data = "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode()
     with open(path, "ab") as f: f.write(data)
 
+# %% ../nbs/00a_files.ipynb #9ec8e784
 def append_line(path: Path, # made if missing
                 value: dict # without NaN
                ) -> None:

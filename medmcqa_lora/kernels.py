@@ -74,7 +74,7 @@ def packing_collator() -> object: # a `transformers.DataCollatorWithFlattening`
     from transformers import DataCollatorWithFlattening
     return DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
 
-# %% ../nbs/02b_kernels.ipynb #57656b44
+# %% ../nbs/02b_kernels.ipynb #aca63793
 ROW_MULTIPLE = 256  # tokens
 
 def row_multiple(device: torch.device # the model's
@@ -82,6 +82,7 @@ def row_multiple(device: torch.device # the model's
     "What a packed row's length should be a multiple of there: on a CPU no length is worse than another."
     return ROW_MULTIPLE if device.type == "cuda" else 1
 
+# %% ../nbs/02b_kernels.ipynb #f808ca3e
 def fill_row(batch: dict[str, Tensor | int], # from `packing_collator`, with or without labels
              multiple: int, # tokens
              pad: int # id of the padding token
@@ -178,7 +179,7 @@ def check_padding(mask: Tensor, # (B, T), 0 where padded
     side, use = ("right", "left; with use_cache=False, right padding is what is wanted") if cached else ("left", "right")
     raise ValueError(f"padding on the {side} of {int((at == 0).sum())} of {len(mask)} rows in a pass {'with' if cached else 'without'} a cache: it would enter the Mamba state; pad on the {use}")
 
-# %% ../nbs/02b_kernels.ipynb #1ace404c
+# %% ../nbs/02b_kernels.ipynb #db97c484
 def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something is added
     "A forward pre-hook: choose the attention function, tell Mamba where examples begin, refuse padding that would change an answer."
     config, mask, positions = decoder.config, kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -197,9 +198,8 @@ def keep_apart(model: nn.Module, # a causal language model of transformers, with
                fast: bool = True # variable-length attention and the lean Mamba block where they can run; else always a mask, and transformers' own
               ) -> nn.Module: # the same
     "Examples of a row don't meet in this model, and padding that would change an answer is refused."
-    from transformers import AttentionInterface, AttentionMaskInterface
-    AttentionInterface.register("varlen", varlen_attention)
-    AttentionMaskInterface.register("varlen", lambda *args, **kwargs: None)  # no mask is built
+    from transformers import AttentionInterface
+    AttentionInterface.register("varlen", varlen_attention)  # without a function for masks: none is made
     decoder = model.base_model
     if hasattr(decoder, "use_varlen"): return model
     decoder.use_varlen, decoder.attention = fast, decoder.config._attn_implementation
