@@ -5,7 +5,7 @@
     python benchmarks/isolation.py --dtype bfloat16
 
 Every LoRA target group is attached and given random values. The model is in training mode, so on a GPU with the kernels
-the fused path runs; scoring, in evaluation mode, is the last line. Differences are the norm of the difference over the
+the fused path runs; scoring, in evaluation mode, is in the last two lines. Differences are the norm of the difference over the
 norm of what the example gives alone; "leaking" is the same without anything that keeps examples apart, to show that the
 measure would see it. Appends a line to benchmarks/isolation.jsonl (or --out FILE).
 """
@@ -77,6 +77,7 @@ def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict[str, dict[str
     model.eval()
     together, single = letter_logprobs(model, rows, (3, 4, 5, 6), 0), torch.cat([letter_logprobs(model, [r], (3, 4, 5, 6), 0) for r in rows])
     result["scoring, padded"] = dict(letters=float((together - single).abs().max()))  # nats
+    result["scoring, packed"] = dict(letters=float((letter_logprobs(model, rows, (3, 4, 5, 6), 0, packed=True) - single).abs().max()))
     kernels = describe_kernels(model, recipe, (True, "asked for")).splitlines()
     return dict(differences=result, kernels=kernels, matrices=len(gradients))
 

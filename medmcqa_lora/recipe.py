@@ -26,7 +26,7 @@ class ModelKeys:
     weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
     fast: Literal["auto", "off", "require"] = "auto"  # fused kernels, grouped experts, variable-length attention: what there is, nothing of our own, or stop without the kernels
 
-# %% ../nbs/00_recipe.ipynb #aa22e649
+# %% ../nbs/00_recipe.ipynb #92325826
 @dataclass(kw_only=True)
 class DataKeys:
     "Which questions a run sees, and how one is written as text."
@@ -40,7 +40,7 @@ class DataKeys:
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written
     target: Literal["letter", "letter_and_text", "explanation_then_letter"] = "letter"  # what the model is to answer
     max_length: int = 512  # tokens; a longer training example is left out and counted
-    packing: Literal["auto", "on", "off"] = "auto"  # a micro-batch's examples in one row, without padding; auto: where they are kept apart
+    packing: Literal["auto", "on", "off"] = "auto"  # a batch's examples in one row, without padding; auto: where they are kept apart (and, to score, need no mask)
 
 # %% ../nbs/00_recipe.ipynb #3ef3012c
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class TrainKeys:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     seed: int = 42  # of data order, initial adapter and dropout
 
-# %% ../nbs/00_recipe.ipynb #ef2f90c9
+# %% ../nbs/00_recipe.ipynb #debf06fb
 @dataclass(kw_only=True)
 class RunKeys:
     "Checkpoints, logging, evaluation batches, processes, and the output folder."
@@ -78,7 +78,7 @@ class RunKeys:
     eval_steps: int | None = None  # optimizer steps between losses on the evaluation rows; none: never
     early_stopping_patience: int | None = None  # evaluations without a better loss before stopping; none: never
     report_to: list[str] = field(default_factory=list)  # trackers, such as tensorboard or wandb; none: no tracker
-    per_device_eval_batch_size: int = 32  # questions a process and scoring pass
+    per_device_eval_batch_size: int = 32  # questions a process and scoring pass, at most
     parallel: Literal["auto", "ddp"] = "auto"  # over several processes: a whole copy of the model in each
     out: str = ""  # the run's folder; empty: a new one under _runs/
 

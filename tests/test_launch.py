@@ -170,7 +170,7 @@ def test_resume_refuses_other_settings(one):
 
 
 def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
-    recipe = load_recipe("toy", {"per_device_eval_batch_size": "4"})
+    recipe = load_recipe("toy", {"per_device_eval_batch_size": "4", "packing": "on"})
     whole = launch_evaluate(recipe, tmp_path / "whole", adapter=one / "adapter")
     there = {p.name for p in whole.iterdir()}
     assert {"predictions.jsonl", "summary.json", "by_subject.csv", "by_subject.png", "evaluate.ipynb"} <= there
@@ -189,6 +189,8 @@ def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
     assert json.loads((cut / "summary.json").read_text()) == summary
     with pytest.raises(LaunchError, match="holds another evaluation"):
         launch_evaluate(recipe, cut, resume=True)
+    with pytest.raises(LaunchError, match="prompts were packed, are padded"):  # they differ in the last digits
+        launch_evaluate(replace(recipe, packing="off"), cut, adapter=one / "adapter", resume=True)
 
 
 def test_two_nodes(one, tmp_path):

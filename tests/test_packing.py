@@ -9,8 +9,9 @@ import torch
 from conftest import ALL, ROOT
 
 from benchmarks.isolation import isolation, make_recipe
+from medmcqa_lora import evaluation
 from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.evaluation import pad_right
+from medmcqa_lora.evaluation import letter_logprobs, pad_right, read_records, score_questions
 from medmcqa_lora.files import read_lines
 from medmcqa_lora.generation import generate_texts, pad_left
 from medmcqa_lora.kernels import choose_packing, kept_apart, packing_collator, packing_errors
@@ -29,7 +30,7 @@ def test_alone_padded_and_packed(tmp_path, fast):
     for way in ("padded", "packed"):
         assert differences[way]["logits"] < 1e-5 and differences[way]["gradients"] < 1e-4, (way, differences)
     assert differences["leaking"]["logits"] > 0.1 and differences["leaking"]["gradients"] > 0.1  # the measure sees a leak
-    assert differences["scoring, padded"]["letters"] < 1e-4
+    assert differences["scoring, padded"]["letters"] < 1e-4 and differences["scoring, packed"]["letters"] < 1e-4
 
 
 def trained(folder, packed: bool, **settings):
@@ -141,3 +142,74 @@ def test_a_triton_only_mamba_ssm_is_found_by_a_launch(tmp_path):
     (folder / "ssd_combined.py").write_text("def mamba_split_conv1d_scan_combined(zxbcdt): pass\ndef mamba_chunk_scan_combined(x): pass\n")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRITON_ONLY], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stdout.strip().endswith("[True, True, False]"), done.stderr[-500:]
+
+
+def scores(folder, model, tokenizer, questions, recipe, packed, rank=0, world_size=1):
+    """Log-probabilities by question, in the order of the file."""
+    folder.mkdir(exist_ok=True)
+    score_questions(model, tokenizer, questions, recipe, folder, rank, world_size, quiet=True, packed=packed)
+    return {k: list(p["logprobs"].values()) for k, p in read_records(folder).items()}
+
+
+@pytest.mark.parametrize("multiple", [1, 256], ids=["as on a CPU", "filled as on a GPU"])
+@pytest.mark.parametrize("name", ["toy", "demo"])
+def test_scores_are_the_same_packed_padded_and_alone(name, multiple, smollm2, monkeypatch):
+    """A prompt of one token and prompts of real lengths, in batches of several and of one."""
+    monkeypatch.setattr(evaluation, "row_multiple", lambda device: multiple)
+    recipe = load_recipe(name)
+    tokenizer, model = load_tokenizer(recipe), load_model(recipe)
+    rows, letters = evaluation.encode_prompts(load_pair(recipe)[1].questions[: 12 if name == "toy" else 4], tokenizer, recipe)
+    rows.insert(1, rows[0][:1])
+    alone = torch.cat([model(torch.tensor([r]), use_cache=False).logits[:, -1].detach().log_softmax(-1)[:, list(letters)] for r in rows])
+    for packed in (False, True):
+        together = letter_logprobs(model, rows, letters, tokenizer.pad_token_id, packed)
+        single = torch.cat([letter_logprobs(model, [r], letters, tokenizer.pad_token_id, packed) for r in rows[:3]])
+        assert (together - alone).abs().max() < 1e-4 and (single - alone[:3]).abs().max() < 1e-4, (packed, together, alone)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_scoring_killed_with_batches_under_way(tmp_path, monkeypatch, packed):
+    """What is on disk are whole batches in order; going on gives the file of an evaluation that ran through, to the last digit."""
+    recipe = load_recipe("toy", {"per_device_eval_batch_size": "8"})
+    tokenizer, model, questions = load_tokenizer(recipe), load_model(recipe), load_pair(recipe)[1].questions[:37]
+    whole = scores(tmp_path / "whole", model, tokenizer, questions, recipe, packed)
+    assert set(whole) == {q.id for q in questions}
+    began, ahead = [], evaluation.letters_ahead
+
+    def killed(*args):
+        began.append(args)
+        if len(began) == 4:
+            raise KeyboardInterrupt
+        return ahead(*args)
+
+    monkeypatch.setattr(evaluation, "letters_ahead", killed)
+    with pytest.raises(KeyboardInterrupt):
+        scores(tmp_path / "cut", model, tokenizer, questions, recipe, packed)
+    batches = evaluation.scoring_batches(evaluation.encode_prompts(questions, tokenizer, recipe)[0], 8, packed)
+    there = read_lines(tmp_path / "cut/predictions.jsonl")
+    assert [p["id"] for p in there] == [questions[i].id for b in batches[:2] for i in b]  # the third was under way, the fourth was being begun
+    monkeypatch.undo()
+    file = tmp_path / "cut/predictions.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])  # and the write itself was torn
+    assert scores(tmp_path / "cut", model, tokenizer, questions, recipe, packed) == whole
+    assert file.read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_scoring_in_two_processes_is_scoring_in_one(tmp_path, packed):
+    recipe = load_recipe("toy", {"per_device_eval_batch_size": "8"})
+    tokenizer, model, questions = load_tokenizer(recipe), load_model(recipe), load_pair(recipe)[1].questions[:37]
+    one = scores(tmp_path / "one", model, tokenizer, questions, recipe, packed)
+    scores(tmp_path / "two", model, tokenizer, questions, recipe, packed, 1, 2)
+    assert scores(tmp_path / "two", model, tokenizer, questions, recipe, packed, 0, 2) == one
+
+
+@pytest.mark.parametrize("size", [1, 7, 288])
+def test_batches_hold_every_question_once(size):
+    generator = torch.Generator().manual_seed(size)
+    rows = [[0] * int(n) for n in torch.randint(1, 226, (4183,), generator=generator)]
+    for packed in (False, True):
+        batches = evaluation.scoring_batches(rows, size, packed)
+        assert sorted(i for b in batches for i in b) == list(range(len(rows))) and max(map(len, batches)) <= size
+    tokens = [sum(len(rows[i]) for i in b) for b in batches]
+    assert tokens[0] == max(tokens) and max(tokens) - min(tokens) <= 2 * 225
