@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
-           'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'pack_training', 'make_trainer',
-           'last_checkpoint', 'restore_finished', 'training_seconds', 'train', 'recipe_target', 'plot_loss',
-           'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
+           'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'can_record', 'pack_training',
+           'make_trainer', 'last_checkpoint', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
+           'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
+           'finish_run']
 
-# %% ../nbs/03_training.ipynb #2bcf677a
+# %% ../nbs/03_training.ipynb #c0d906a5
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from .recipe import Recipe, nearest
 from .data import Encoded
 from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
-from .kernels import packing_collator
 from .model import save_adapter
+from .kernels import packing_collator, row_multiple
+from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 
-# %% ../nbs/03_training.ipynb #abcd24ec
+# %% ../nbs/03_training.ipynb #94cf6955
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -40,6 +42,7 @@ def training_arguments(recipe: Recipe, # checked
     arguments = SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                           dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
                           bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
+                          accelerator_config={"non_blocking": True},  # else a batch's copy waits for the step before
                           eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
                           greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                           include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
@@ -130,18 +133,25 @@ def tensorboard_writer(run: Path # the run's folder
     from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(run / "tensorboard"))
 
-# %% ../nbs/03_training.ipynb #4330cff3
-def pack_training(trainer # a `trl.SFTTrainer`; changed in place
-                 ) -> None:
-    "Pack the trainer's training batches."
-    make = trainer.get_train_dataloader
+# %% ../nbs/03_training.ipynb #1ee18e67
+def can_record(recipe: Recipe, processes: int) -> bool: # processes that train together
+    "Whether a recipe's steps may be recorded as CUDA graphs here."
+    return torch.cuda.is_available() and recipe.fast != "off" and processes == 1 and not recipe.gradient_checkpointing and not recipe.lora_dropout
+
+def pack_training(trainer, # a `trl.SFTTrainer` around a PEFT model; changed in place
+                  recipe: Recipe) -> None:
+    "Pack the trainer's training batches, and compute their steps where its model allows."
+    make, model = trainer.get_train_dataloader, trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    ours = recipe.fast != "off" and can_use_head_loss(model)
+    collator = RowCollator(row_multiple(trainer.args.device), trainer.processing_class.pad_token_id) if ours else packing_collator()
     def packed_loader():
-        padded, trainer.data_collator = trainer.data_collator, packing_collator()
+        padded, trainer.data_collator = trainer.data_collator, collator
         try: return make()
         finally: trainer.data_collator = padded
     trainer.get_train_dataloader = packed_loader
+    if ours: use_head_loss(model); use_step(trainer, can_record(recipe, trainer.accelerator.num_processes))
 
-# %% ../nbs/03_training.ipynb #9898387f
+# %% ../nbs/03_training.ipynb #0ea91a5a
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -155,7 +165,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
                          eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
-    if packed: pack_training(trainer)
+    if packed: pack_training(trainer, recipe)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
