@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KERNELS', 'INSTALL', 'ROW_MULTIPLE', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kernel', 'missing_kernels', 'lacking',
            'check_kernels', 'packing_collator', 'row_multiple', 'fill_row', 'spread', 'lean_forward',
-           'isolated_forward', 'can_use_varlen', 'varlen_attention', 'check_padding', 'find_documents', 'before_pass',
-           'keep_apart', 'first_blocks', 'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders',
-           'choose_packing', 'describe_kernels']
+           'isolated_forward', 'can_use_varlen', 'shares_keys', 'varlen_attention', 'check_padding', 'find_documents',
+           'before_pass', 'keep_apart', 'first_blocks', 'neighbour_effect', 'packing_errors', 'kept_apart',
+           'sees_borders', 'choose_packing', 'describe_kernels']
 
 # %% ../nbs/02b_kernels.ipynb #51dec397
 import functools, importlib, importlib.util, inspect, os, sys
@@ -145,7 +145,7 @@ def isolated_forward(self, # a `NemotronHMamba2Mixer`
     apart, mask, place = spread(hidden_states, seq_idx)
     return original(apart, attention_mask=mask)[place].view_as(hidden_states)
 
-# %% ../nbs/02b_kernels.ipynb #76f0d96c
+# %% ../nbs/02b_kernels.ipynb #31d91034
 def can_use_varlen(module: nn.Module, # on its device
                    attention: str = "sdpa" # the recipe's attn_implementation; others are left alone
                   ) -> bool: # False: a mask is built
@@ -154,6 +154,16 @@ def can_use_varlen(module: nn.Module, # on its device
     if attention != "sdpa" or not p.is_cuda or importlib.util.find_spec("torch.nn.attention.varlen") is None: return False
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else p.dtype
     return half in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(p.device) >= (8, 0)
+
+@functools.cache
+def shares_keys(attend, # torch's variable-length attention
+                device: torch.device, dtype: torch.dtype) -> bool: # False: keys and values have to be repeated
+    "Whether attention takes fewer heads of keys than of queries, asked of it with a small row: not every version says so."
+    q = torch.linspace(-1, 1, 4 * 2 * 64, device=device, dtype=dtype).view(4, 2, 64)
+    k, ends = q[:, :1], torch.tensor([0, 1, 4], device=device, dtype=torch.int32)
+    try: found, wanted = (attend(q, keys, keys, ends, ends, 3, 3) for keys in (k, k.repeat_interleave(2, 1)))
+    except Exception: return False  # which error depends on the version
+    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-2)
 
 def varlen_attention(module: nn.Module, # transformers' attention layer
                      query: Tensor, # (1, heads, T, head_dim)
@@ -172,7 +182,7 @@ def varlen_attention(module: nn.Module, # transformers' attention layer
     causal = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if "enable_gqa" in takes: causal["enable_gqa"] = k.shape[1] != q.shape[1]
-    else: k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    elif k.shape[1] != q.shape[1] and not shares_keys(varlen_attn, q.device, q.dtype): k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **causal)[None], None
 
 # %% ../nbs/02b_kernels.ipynb #b7efe7a4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PTX', 'CONV', 'rms_forward', 'rms_backward', 'add_rms_forward', 'add_rms_backward', 'relu2_forward', 'relu2_backward',
-           'combine_rows', 'route_forward', 'route_backward', 'conv_forward', 'conv_backward', 'gated_norm_forward',
-           'gated_norm_backward']
+           'gather_rows', 'combine_rows', 'route_forward', 'route_backward', 'conv_forward', 'conv_backward',
+           'gated_norm_forward', 'gated_norm_backward']
 
 # %% ../nbs/01a_triton_kernels.ipynb #5b88f6de
 import torch, triton
@@ -123,6 +123,24 @@ def relu2_backward(h: Tensor, # (N, D), contiguous
     dw = None if w is None else w.new_empty(len(h))
     _relu2_backward[(len(h),)](h, w, g, g, dw, D=h.shape[1], BLOCK=1024, WEIGHTED=w is not None)
     return g, dw
+
+# %% ../nbs/01a_triton_kernels.ipynb #0e415748
+@triton.jit
+def _gather(x, order, y, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(order + row) // K
+    for start in tl.static_range(0, D, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        tl.store(y + row * D + c, tl.load(x + token * D + c, mask=c < D, other=0.0), mask=c < D)
+
+def gather_rows(x: Tensor, # (T, D), contiguous
+                order: Tensor, # (S,) int64: the slot in each row; slot j is token j // k's
+                k: int # slots a token
+               ) -> Tensor: # (S, D)
+    "The token of each row."
+    y = x.new_empty(len(order), x.shape[1])
+    _gather[(len(order),)](x, order, y, D=x.shape[1], K=k, BLOCK=1024, num_warps=4)
+    return y
 
 # %% ../nbs/01a_triton_kernels.ipynb #58143e17
 @triton.jit
