@@ -1,9 +1,10 @@
 """The site in _docs/, made in a copy of the project: notebooks executed, staged by nbdev, rendered by Quarto, or by smalldocs where there is no Quarto.
 
-Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build takes a minute less each.
+Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build needn't execute them.
 """
 import hashlib
 import html
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 KEPT = ROOT / "_proc"
+LIBRARIES = ["torch._dynamo", "trl.trainer.sft_trainer", "peft", "datasets", "seaborn", "scipy.stats", "nbdev.test"]  # importing them takes longer than most notebooks
+ALONE = {"01a_triton_kernels.ipynb"}  # chooses Triton's interpreter, which only works before the libraries are imported
 TOY = ["--recipe", "toy", "-p", "max_steps", "12", "-p", "save_steps", "12"]  # the run notebooks' pages show a run of seconds
 
 
@@ -45,6 +48,31 @@ def run(*words, cwd: Path) -> str:
     return done.stdout
 
 
+def nbdev_test(notebook: Path, copy: Path, log: Path) -> None:
+    """In a forked process: what the command nbdev-test does, its output in a file."""
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.environ |= {"PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / ".ci")]
+    from nbdev.test import nbdev_test
+
+    nbdev_test(str(notebook), save=True)
+
+
+def run_forked(notebook: Path, copy: Path) -> str:
+    """nbdev-test in a process of its own that need not import the libraries: it is forked from one that has."""
+    context, log = multiprocessing.get_context("forkserver"), notebook.with_suffix(".log")
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=nbdev_test, args=(notebook, copy, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{log.read_text()[-3000:]}\nbuild_docs: nbdev-test {notebook.name}: failed, see above")
+    return log.read_text()
+
+
 def kept(name: str) -> Path:
     """Where a notebook's executed copy is, or will be, kept: named by a hash of all that the execution depends on."""
     files = [p for folder in ("medmcqa_lora", "benchmarks", "nbs/explain", "nbs/runs") for p in (ROOT / folder).rglob("*")
@@ -62,7 +90,7 @@ def execute(name: str, copy: Path) -> None:
         run(sys.executable, "-c", "from medmcqa_lora.cli import main; main()", notebook.stem, *TOY, "--out", out, cwd=copy)
         notebook = copy / out / notebook.name
     else:
-        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy)
+        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy) if name in ALONE else run_forked(notebook, copy)
         assert "Success" in told, told  # it exits with 0 where it finds nothing to test
     nb = nbformat.read(notebook, 4)
     for cell in nb.cells:  # progress bars and warnings with paths of this machine
