@@ -4,6 +4,7 @@ Executed notebooks are kept in _proc/, named by a hash of what they depend on, s
 """
 import hashlib
 import html
+import importlib
 import multiprocessing
 import os
 import re
@@ -38,39 +39,44 @@ def copy_project(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=left))
 
 
+def environment(copy: Path) -> dict[str, str]:
+    """With the copy's package before any other."""
+    path = [str(copy), str(copy / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+
+
 def run(*words, cwd: Path) -> str:
     """Run a command on the copy's package and return what it prints; that is shown if it fails."""
-    path = [str(cwd), str(cwd / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(w) for w in words], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([str(w) for w in words], cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above")
     return done.stdout
 
 
-def nbdev_test(notebook: Path, copy: Path, log: Path) -> None:
-    """In a forked process: what the command nbdev-test does, its output in a file."""
+def call(where: str, args: tuple, more: dict, copy: Path, log: str) -> None:
+    """In a forked process: call a function on the copy's package, with its output in a file."""
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    os.environ |= {"PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
     os.chdir(copy)
     sys.path[:0] = [str(copy), str(copy / ".ci")]
-    from nbdev.test import nbdev_test
+    os.environ |= environment(copy)
+    module, _, name = where.partition(":")
+    getattr(importlib.import_module(module), name)(*args, **more)
 
-    nbdev_test(str(notebook), save=True)
 
-
-def run_forked(notebook: Path, copy: Path) -> str:
-    """nbdev-test in a process of its own that need not import the libraries: it is forked from one that has."""
-    context, log = multiprocessing.get_context("forkserver"), notebook.with_suffix(".log")
+def run_forked(where: str, *args, cwd: Path, **more) -> str:
+    """What `run` does with a command, with a function (module:name): in a process that need not import the libraries, as it is forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(target=nbdev_test, args=(notebook, copy, log))
-    process.start()
-    process.join()
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        process = context.Process(target=call, args=(where, args, more, cwd, log.name))
+        process.start()
+        process.join()
+        told = log.read()
     if process.exitcode:
-        raise SystemExit(f"{log.read_text()[-3000:]}\nbuild_docs: nbdev-test {notebook.name}: failed, see above")
-    return log.read_text()
+        raise SystemExit(f"{told[-3000:]}\nbuild_docs: {where} {args}: failed, see above")
+    return told
 
 
 def kept(name: str) -> Path:
@@ -87,10 +93,10 @@ def execute(name: str, copy: Path) -> None:
     started, notebook, target = time.time(), copy / "nbs" / name, kept(name)
     if name.startswith("runs/"):
         out = f"_runs/{notebook.stem}"
-        run(sys.executable, "-c", "from medmcqa_lora.cli import main; main()", notebook.stem, *TOY, "--out", out, cwd=copy)
+        run_forked("medmcqa_lora.cli:main", [notebook.stem, *TOY, "--out", out], cwd=copy)
         notebook = copy / out / notebook.name
     else:
-        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy) if name in ALONE else run_forked(notebook, copy)
+        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy) if name in ALONE else run_forked("nbdev.test:nbdev_test", str(notebook), save=True, cwd=copy)
         assert "Success" in told, told  # it exits with 0 where it finds nothing to test
     nb = nbformat.read(notebook, 4)
     for cell in nb.cells:  # progress bars and warnings with paths of this machine
