@@ -181,7 +181,7 @@ def build(out: Path = ROOT / "_docs", leave_out: frozenset = frozenset()) -> Pat
             made = copy / "_docs"
         else:
             print("Quarto is not installed: building a preview with smalldocs")
-            run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()", cwd=copy)  # nbdev-proc-nbs would try to install Quarto
+            run_forked("nbdev.serve:proc_nbs", n_workers=0, cwd=copy)  # nbdev-proc-nbs would try to install Quarto
             true_size(copy / "_proc")
             run(BIN / "smalldocs", "render", "_proc", "--quiet", cwd=copy)
             made = copy / "_proc/_docs"
