@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv; interrupted or repeated, it goes on where it can.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time, in the order of their names
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all docs lab prepare gates
@@ -23,10 +24,10 @@ demo: .venv/.installed  ## the whole job, small and real: about 3 minutes on two
 	$(BIN)/medmcqa-lora demo
 
 test: .venv/.installed  ## the tests, slow ones sampled
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/.installed  ## the tests with every repetition
-	MEDMCQA_TEST_ALL=1 $(BIN)/python -m pytest
+	MEDMCQA_TEST_ALL=1 $(PYTEST)
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab nbs  # tqdm's bars are text here; its advice would stand in every notebook

@@ -1,9 +1,11 @@
 """The site in _docs/, made in a copy of the project: notebooks executed, staged by nbdev, rendered by Quarto, or by smalldocs where there is no Quarto.
 
-Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build takes a minute less each.
+Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build needn't execute them.
 """
 import hashlib
 import html
+import importlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 KEPT = ROOT / "_proc"
+LIBRARIES = ["torch._dynamo", "trl.trainer.sft_trainer", "peft", "datasets", "seaborn", "scipy.stats", "nbdev.test"]  # importing them takes longer than most notebooks
 TOY = ["--recipe", "toy", "-p", "max_steps", "12", "-p", "save_steps", "12"]  # the run notebooks' pages show a run of seconds
 
 
@@ -35,14 +38,44 @@ def copy_project(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=left))
 
 
+def environment(copy: Path) -> dict[str, str]:
+    """With the copy's package before any other."""
+    path = [str(copy), str(copy / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+
+
 def run(*words, cwd: Path) -> str:
     """Run a command on the copy's package and return what it prints; that is shown if it fails."""
-    path = [str(cwd), str(cwd / ".ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(w) for w in words], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([str(w) for w in words], cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above")
     return done.stdout
+
+
+def call(where: str, args: tuple, more: dict, copy: Path, log: str) -> None:
+    """In a forked process: call a function on the copy's package, with its output in a file."""
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / ".ci")]
+    os.environ |= environment(copy)
+    module, _, name = where.partition(":")
+    getattr(importlib.import_module(module), name)(*args, **more)
+
+
+def run_forked(where: str, *args, cwd: Path, **more) -> str:
+    """What `run` does with a command, with a function (module:name): in a process that need not import the libraries, as it is forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        process = context.Process(target=call, args=(where, args, more, cwd, log.name))
+        process.start()
+        process.join()
+        told = log.read()
+    if process.exitcode:
+        raise SystemExit(f"{told[-3000:]}\nbuild_docs: {where} {args}: failed, see above")
+    return told
 
 
 def kept(name: str) -> Path:
@@ -59,10 +92,11 @@ def execute(name: str, copy: Path) -> None:
     started, notebook, target = time.time(), copy / "nbs" / name, kept(name)
     if name.startswith("runs/"):
         out = f"_runs/{notebook.stem}"
-        run(sys.executable, "-c", "from medmcqa_lora.cli import main; main()", notebook.stem, *TOY, "--out", out, cwd=copy)
+        run_forked("medmcqa_lora.cli:main", [notebook.stem, *TOY, "--out", out], cwd=copy)
         notebook = copy / out / notebook.name
     else:
-        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy)
+        alone = "TRITON_INTERPRET" in notebook.read_text()  # chooses Triton's interpreter, which only works before the libraries are imported
+        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy) if alone else run_forked("nbdev.test:nbdev_test", str(notebook), save=True, cwd=copy)
         assert "Success" in told, told  # it exits with 0 where it finds nothing to test
     nb = nbformat.read(notebook, 4)
     for cell in nb.cells:  # progress bars and warnings with paths of this machine
@@ -147,7 +181,7 @@ def build(out: Path = ROOT / "_docs", leave_out: frozenset = frozenset()) -> Pat
             made = copy / "_docs"
         else:
             print("Quarto is not installed: building a preview with smalldocs")
-            run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()", cwd=copy)  # nbdev-proc-nbs would try to install Quarto
+            run_forked("nbdev.serve:proc_nbs", n_workers=0, cwd=copy)  # nbdev-proc-nbs would try to install Quarto
             true_size(copy / "_proc")
             run(BIN / "smalldocs", "render", "_proc", "--quiet", cwd=copy)
             made = copy / "_proc/_docs"

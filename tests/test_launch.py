@@ -11,8 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import processes_with, sampled
+from conftest import ALL, processes_with, sampled
 from safetensors.torch import load_file
+from test_packing import trained
 
 from medmcqa_lora.files import read_lines
 from medmcqa_lora.launch import LaunchError, launch_evaluate, launch_train, run_notebook
@@ -45,6 +46,13 @@ def test_a_run_leaves_the_contracts_files(one):
     assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
 
 
+def test_it_packs_and_says_so(one, tmp_path):
+    """Packed by default, with the losses of a padded run."""
+    padded, _, _ = trained(tmp_path / "padded", False, max_rows="none", per_device_train_batch_size="8")
+    assert losses(one) == pytest.approx([m["loss"] for m in padded], rel=1e-4)
+    assert "packing: on (relative change" in (one / "environment.json").read_text()
+
+
 def test_two_processes_give_the_losses_of_one(one, tmp_path):
     two = launch_train(toy(tmp_path / "two", max_steps=6, save_steps=3, per_device_train_batch_size=4), nproc=2)
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-5, atol=1e-5)
@@ -56,26 +64,40 @@ def test_two_processes_give_the_losses_of_one(one, tmp_path):
     assert [m["tokens"] for m in read_lines(two / "metrics.jsonl")] == [m["tokens"] for m in read_lines(one / "metrics.jsonl")]
 
 
-def test_p_reaches_the_kernel_with_its_type(tmp_path, cli):
-    given = {"max_steps": "1", "learning_rate": "1e-3", "gradient_checkpointing": "true", "lora_targets": "q_proj,in_proj", "max_rows": "none",
-             "max_eval_rows": "7", "tokenizer": ""}
-    words = [w for k, v in given.items() for w in ("-p", k, v)]
-    code, out, err = cli("train", "--recipe", "toy", *words, "--out", tmp_path / "run")
-    assert code == 0, err
-    recipe = json.loads((tmp_path / "run/recipe.json").read_text())  # written by the kernel
-    expected = {"max_steps": 1, "learning_rate": 1e-3, "gradient_checkpointing": True, "lora_targets": ["q_proj", "in_proj"], "max_rows": None,
-                "max_eval_rows": 7, "tokenizer": ""}
+GIVEN = {"max_steps": "2", "logging_steps": "10", "learning_rate": "1e-3", "gradient_checkpointing": "true", "lora_targets": "q_proj,in_proj", "max_rows": "none",
+         "max_eval_rows": "7", "tokenizer": "", "report_to": "tensorboard"}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """A toy run by the command, told much by -p: a short trial that reports to TensorBoard."""
+    from medmcqa_lora.cli import main
+
+    folder = tmp_path_factory.mktemp("told") / "run"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--recipe", "toy", *(w for k, v in GIVEN.items() for w in ("-p", k, v)), "--out", str(folder)])
+    assert not ended.value.code
+    return folder
+
+
+def test_p_reaches_the_kernel_with_its_type(told):
+    recipe = json.loads((told / "recipe.json").read_text())  # written by the kernel
+    expected = {"max_steps": 2, "logging_steps": 10, "learning_rate": 1e-3, "gradient_checkpointing": True, "lora_targets": ["q_proj", "in_proj"], "max_rows": None,
+                "max_eval_rows": 7, "tokenizer": "", "report_to": ["tensorboard"]}
     assert {k: recipe[k] for k in expected} == expected
     assert {k: type(recipe[k]) for k in expected} == {k: type(v) for k, v in expected.items()}
 
 
-def test_tensorboard(tmp_path):
+def test_tensorboard(told):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = launch_train(toy(tmp_path / "run", max_steps=2, report_to=["tensorboard"]))
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    told = [e.value for e in events.Scalars("train/loss")]
-    assert told == pytest.approx(losses(run), abs=1e-6)
+    events = EventAccumulator(str(told / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(told), abs=1e-6)
+
+
+def test_a_short_trial_logs_its_last_step(told):
+    """With fewer steps than logging_steps there would be nothing to report."""
+    assert [m["step"] for m in read_lines(told / "metrics.jsonl")] == [2]
 
 
 def notebook(folder: Path, *cells: str) -> Path:
@@ -128,12 +150,6 @@ def test_a_killed_command_leaves_no_process(tmp_path, how):
     assert not processes_with(mark)
 
 
-def test_a_short_trial_logs_its_last_step(tmp_path):
-    """With fewer steps than logging_steps there would be nothing to report."""
-    run = launch_train(toy(tmp_path / "run", max_steps=2, logging_steps=10))
-    assert [m["step"] for m in read_lines(run / "metrics.jsonl")] == [2]
-
-
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = subprocess.Popen([*COMMAND, "train", "--recipe", "toy", "-p", "max_steps", "3000", "--out", str(tmp_path / "run")],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -146,7 +162,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert "interrupted (SIGINT)" in told.strip().splitlines()[-1] and "--resume" in told and "SignalException" not in told
 
 
-def test_training_goes_on_after_a_kill(one, tmp_path):
+def test_training_goes_on_after_a_kill(one, tmp_path, cli):
     folder = tmp_path / "run"
     words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "8", "--out", str(folder)]
     command = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -157,13 +173,14 @@ def test_training_goes_on_after_a_kill(one, tmp_path):
     os.killpg(command.pid, signal.SIGKILL)
     command.wait()
     time.sleep(2.5)  # the kernel notices that its parents have gone
-    done = subprocess.run([*COMMAND, *words, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, _, err = cli(*words, "--resume")
+    assert code == 0, err[-2000:]
     assert losses(folder) == pytest.approx(losses(one), abs=1e-6)
     a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, folder))
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
+@pytest.mark.skipif(not ALL, reason="make test-all; start_run itself is tested in 03_training")
 def test_resume_refuses_other_settings(one):
     with pytest.raises(LaunchError, match="learning_rate was 0.01, is 0.5"):
         launch_train(toy(one, max_steps=6, save_steps=3, per_device_train_batch_size=8, learning_rate=0.5), resume=True)
@@ -187,8 +204,9 @@ def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
     assert sum(p.get("mark") == "kept" for p in again) == 5  # not scored again
     assert [(p["id"], p["prediction"]) for p in again] == [(p["id"], p["prediction"]) for p in predictions]
     assert json.loads((cut / "summary.json").read_text()) == summary
-    with pytest.raises(LaunchError, match="holds another evaluation"):
-        launch_evaluate(recipe, cut, resume=True)
+    if ALL:  # begin_evaluation itself is tested in 04_evaluation
+        with pytest.raises(LaunchError, match="holds another evaluation"):
+            launch_evaluate(recipe, cut, resume=True)
     with pytest.raises(LaunchError, match="prompts were packed, are padded"):  # they differ in the last digits
         launch_evaluate(replace(recipe, packing="off"), cut, adapter=one / "adapter", resume=True)
 

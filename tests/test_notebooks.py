@@ -1,6 +1,8 @@
 """Every notebook from top to bottom: its examples are tests."""
 import json
+import os
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import build_docs
@@ -11,14 +13,19 @@ NOTEBOOKS = [ROOT / "nbs" / name for name in build_docs.notebooks() if not name.
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    return build_docs.copy_project(tmp_path_factory.mktemp("notebooks") / "copy")
+def executed(request, tmp_path_factory) -> dict[Path, Future]:
+    """The chosen notebooks, as many at a time as there are cores."""
+    copy = build_docs.copy_project(tmp_path_factory.mktemp("notebooks") / "copy")
+    chosen = [t.callspec.params["notebook"] for t in request.session.items if "executed" in t.fixturenames]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {n: pool.submit(build_docs.execute, n.relative_to(ROOT / "nbs").as_posix(), copy) for n in chosen}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(notebook: Path, copy: Path):
+def test_notebook(notebook: Path, executed: dict[Path, Future]):
     """nbdev-test in a process of its own, from the first cell to the last; the outputs are kept for the site."""
-    build_docs.execute(notebook.relative_to(ROOT / "nbs").as_posix(), copy)
+    executed[notebook].result()
     skipped = sum("#| gpu" in "".join(c["source"]) for c in json.loads(notebook.read_text())["cells"])
     if skipped:
         warnings.warn(f"{notebook.name}: {skipped} cells need a GPU and were not run")

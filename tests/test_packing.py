@@ -54,15 +54,6 @@ def test_packing_changes_no_loss(tmp_path, settings):
     assert packed[-1]["loss"] < packed[0]["loss"]
 
 
-def test_the_run_says_what_it_chose(cli, tmp_path):
-    """Through the command line: packed by default, the losses of a padded run, the choice in environment.json."""
-    code, _, err = cli("train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "6", "-p", "max_rows", "40", "--out", tmp_path / "run")
-    assert code == 0, err
-    padded, _, _ = trained(tmp_path / "padded", False)
-    assert [m["loss"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == pytest.approx([m["loss"] for m in padded], rel=1e-4)
-    assert "packing: on (relative change" in (tmp_path / "run/environment.json").read_text()
-
-
 def test_each_other_way_of_padding_is_refused():
     recipe = load_recipe("toy")
     model, tokenizer = load_model(recipe), load_tokenizer(recipe)

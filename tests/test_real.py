@@ -1,8 +1,10 @@
 """Real questions, and the real small model."""
 import csv
 import json
+from pathlib import Path
 
 import pytest
+from conftest import ALL
 
 from medmcqa_lora.data import LETTERS, identity, load_questions
 from medmcqa_lora.files import read_lines
@@ -69,17 +71,21 @@ def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2)
     assert (batched.argmax(1) == alone.argmax(1)).all()
 
 
-@pytest.mark.parametrize("recipe", ["demo"])
-def test_demo(recipe, tmp_path, cli, smollm2):
-    """The main job on the real small model, with fewer steps and questions than `make demo` takes."""
-    code, out, err = cli("demo", "--recipe", recipe, "-p", "max_steps", "3", "-p", "save_steps", "3", "-p", "max_eval_rows", "32", "--out", tmp_path / "demo")
-    assert code == 0, err
+def check_demo(out: str, run: Path, n: int):
+    """What a finished demo prints and leaves."""
     assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
-    run = tmp_path / "demo"
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["n"] == 32
+    assert comparison["verdict"] in card and comparison["n"] == n
     assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png"}
-    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == 32
-    assert len(read_lines(run / "base/generations.jsonl")) == 32 and "unparseable answers" in card
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == n
+    assert len(read_lines(run / "base/generations.jsonl")) == n and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
+
+
+@pytest.mark.skipif(not ALL, reason="make test-all; test_installed runs a smaller demo")
+def test_demo(tmp_path, cli, smollm2):
+    """The main job on the real small model, with fewer steps and questions than `make demo` takes."""
+    code, out, err = cli("demo", "-p", "max_steps", "3", "-p", "save_steps", "3", "-p", "max_eval_rows", "32", "--out", tmp_path / "demo")
+    assert code == 0, err
+    check_demo(out, tmp_path / "demo", 32)
