@@ -174,15 +174,15 @@ def count_flops(parameters: tuple[int, int], # from `passed_parameters`
     "Floating-point operations that a pass needs."
     return (4 if training else 2) * (parameters[0] * tokens + parameters[1] * logits)
 
-# %% ../nbs/05a_bench.ipynb #fd1efda5
+# %% ../nbs/05a_bench.ipynb #575630bd
 KINDS = {  # group -> regular expression, the first that is found
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather",
     "optimizer": r"multi_tensor_apply|adam|_foreach|lpnorm|clip_grad",
     "experts GEMM": r"grouped_?(mm|gemm)|groupproblem|grouped",
-    "Mamba scan": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|selective_scan|selective_state|ssd",
+    "Mamba scan": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|selective_scan|selective_state|ssd|_dt_(forward|backward)",
     "convolution": r"causal_conv1d|conv1d|conv2d|convolution|depthwise|conv_",
     "attention": r"flash|fmha|attention|attn|sdpa|mem_eff",
-    "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
+    "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_gated_norm_|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
     "sort/routing": r"sort|topk|radix|searchsorted|cumsum|devicescan|scan_(innermost|outer)|histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect|bitonic|_route_(forward|backward)",
     "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_combine$",
     "dense GEMM": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|aten::(mm|bmm|addmm|baddbmm|matmul|linear|dot|mv|_addmm_activation)$|mkl",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORWARDS', 'use_triton', 'relu2', 'relu2_grad', 'gather', 'combine', 'norm', 'norm_grad', 'RMSNorm', 'norm_forward',
            'product32', 'route', 'route_grad', 'Router', 'router_forward', 'Layer', 'lora_layer', 'linear_forward',
-           'linear_grad', 'LoraFunction', 'lora_forward', 'SharedExpert', 'mlp_forward', 'is_relu2', 'fused_forward',
-           'is_fused', 'fuse', 'undo_fused', 'fused']
+           'linear_grad', 'widened', 'make_room', 'wide_linear', 'LoraFunction', 'lora_forward', 'SharedExpert',
+           'mlp_forward', 'is_relu2', 'fused_forward', 'is_fused', 'fuse', 'undo_fused', 'fused']
 
 # %% ../nbs/01b_fused.ipynb #311ee83c
 import importlib.util
@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/01b_fused.ipynb #dd5beae5
+# %% ../nbs/01b_fused.ipynb #69c397a2
 def use_triton(*tensors: Tensor) -> bool: # False: PyTorch's operations
     "Whether these tensors go through our Triton kernels."
     return all(t.is_cuda and t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in tensors) and importlib.util.find_spec("triton") is not None
@@ -59,26 +59,27 @@ def combine(rows: Tensor, # (S, D) sorted by expert
             inverse: Tensor, # (S,) row of each slot
             k: int, # slots a token
             dtype: torch.dtype, # of the result
-            more: Tensor | None = None # (T, D) a summand
+            *more: Tensor # (T, D), up to two summands
            ) -> Tensor: # (T, D)
-    "The sum of each token's k rows, and of one more."
+    "The sum of each token's k rows, and of what is given besides."
     if use_triton(rows):
         from medmcqa_lora.triton_kernels import combine_rows
-        return combine_rows(rows, inverse, k, dtype, more)
-    y = rows[inverse].view(-1, k, rows.shape[-1]).sum(1, dtype=dtype)
-    return y if more is None else y.add_(more)
+        return combine_rows(rows, inverse, k, dtype, *more)
+    return sum(more, rows[inverse].view(-1, k, rows.shape[-1]).sum(1, dtype=dtype))
 
-# %% ../nbs/01b_fused.ipynb #80132e5d
+# %% ../nbs/01b_fused.ipynb #fd2ad073
 def norm(x: Tensor, # (N, D), contiguous
          w: Tensor, # (D,)
-         eps: float # added to the mean square
+         eps: float, # added to the mean square
+         room: int = 0 # numbers left free behind each row of the result
         ) -> tuple[Tensor, Tensor]: # y (N, D) of x's type; 1 / rms (N,) float32
     "w · x / rms(x) of rows."
     if use_triton(x, w):
         from medmcqa_lora.triton_kernels import rms_forward
-        return rms_forward(x, w, eps)
+        return rms_forward(x, w, eps, room)
     rstd = x.float().pow(2).mean(-1).add(eps).rsqrt()
-    return (w * (x.float() * rstd[:, None]).to(x.dtype)).to(x.dtype), rstd
+    y = (w * (x.float() * rstd[:, None]).to(x.dtype)).to(x.dtype)
+    return F.pad(y, (0, room))[:, :y.shape[1]], rstd
 
 def norm_grad(g: Tensor, # (N, D), contiguous: gradient of y
               more: Tensor | None, # (N, D), contiguous: what arrives at x from elsewhere
@@ -87,8 +88,8 @@ def norm_grad(g: Tensor, # (N, D), contiguous: gradient of y
              ) -> Tensor: # (N, D)
     "The gradient of x; w is frozen."
     if use_triton(g, x, w):
-        from medmcqa_lora.triton_kernels import add_rms_backward
-        return add_rms_backward(g, more, x, w, rstd)
+        from medmcqa_lora.triton_kernels import rms_backward
+        return rms_backward(g, more, x, w, rstd)
     n, g = x.float() * rstd[:, None], g.float() * w.float()
     d = rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
     return (d if more is None else d + more).to(x.dtype)
@@ -197,13 +198,14 @@ def router_forward(self, # a `NemotronHTopkRouter`
     x = hidden_states.reshape(-1, self.hidden_dim)
     return Router.apply(x, self.weight, self.e_score_correction_bias, self.top_k, self.routed_scaling_factor, self.norm_topk_prob)
 
-# %% ../nbs/01b_fused.ipynb #c988d8c9
+# %% ../nbs/01b_fused.ipynb #e3c0edd3
 class Layer(NamedTuple):
     "A frozen linear layer and what LoRA adds to it."
     weight: Tensor  # (out, in)
     a: Tensor | None = None  # (r, in)
     b: Tensor | None = None  # (out, r)
     scale: float = 1.0
+    room: int = 0  # numbers left free behind each row of the weight, by `make_room`
 
 def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
               ) -> Layer | None: # none: its own forward has to run
@@ -213,14 +215,14 @@ def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
     if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad: return None
     half = torch.is_autocast_enabled(kind := base.weight.device.type) and torch.get_autocast_dtype(kind)
     if half and base.weight.dtype != half: return None
-    if base is module: return Layer(base.weight)
+    if base is module: return Layer(base.weight, room=getattr(base, "room", 0))
     if module.merged: return None
     active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.lora_A]
     if not active: return Layer(base.weight)
     name, rest = active[0], active[1:]
     drops = module.training and not isinstance(module.lora_dropout[name], nn.Identity) and module.lora_dropout[name].p > 0
     if rest or drops or name in module.lora_variant or module.lora_B[name].bias is not None: return None
-    return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], getattr(base, "room", 0))
 
 # %% ../nbs/01b_fused.ipynb #2514e016
 def linear_forward(x: Tensor, # (N, in), of the weight's type
@@ -246,6 +248,34 @@ def linear_grad(g: Tensor, # (N, out)
     u = g @ (b * scale).to(g.dtype)
     if wanted: dx.addmm_(u, a.to(g.dtype))
     return dx, product32(u.T, x).to(a.dtype), (product32(g.T, t) * scale).to(b.dtype)
+
+# %% ../nbs/01b_fused.ipynb #e4ed34cf
+def widened(rows: Tensor, # (N, D) with room behind each row
+            r: int # numbers of it
+           ) -> Tensor: # (N, D + r), of the same memory
+    "Rows with the room behind them."
+    return rows.as_strided((len(rows), rows.shape[1] + r), rows.stride())
+
+@torch.no_grad()
+def make_room(layer: nn.Linear, # whose weight is frozen; moved to memory of its own
+              r: int # numbers behind each row
+             ) -> None:
+    "Leave room behind each row of a weight."
+    if getattr(layer, "room", 0) == r: return
+    out, width = layer.weight.shape
+    new = layer.weight.new_zeros(out, width + r)[:, :width]
+    layer.weight.data, layer.room = new.copy_(layer.weight), r
+
+def wide_linear(x: Tensor, # (N, in), with room for r numbers behind each row
+                weight: Tensor, # (out, in), likewise
+                a: Tensor, b: Tensor, scale: float # as `linear_forward` takes them
+               ) -> tuple[Tensor, Tensor]: # y (N, out), t (N, r)
+    "`linear_forward` as one product; writes into the room."
+    r, n = len(a), x.shape[1]
+    both, matrix = widened(x, r), widened(weight, r)
+    torch.mm(x, a.to(x.dtype).T, out=both[:, n:])
+    matrix[:, n:] = b * scale
+    return both @ matrix.T, both[:, n:].clone()
 
 # %% ../nbs/01b_fused.ipynb #66f47a84
 class LoraFunction(torch.autograd.Function):
