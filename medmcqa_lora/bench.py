@@ -174,7 +174,7 @@ def count_flops(parameters: tuple[int, int], # from `passed_parameters`
     "Floating-point operations that a pass needs."
     return (4 if training else 2) * (parameters[0] * tokens + parameters[1] * logits)
 
-# %% ../nbs/05a_bench.ipynb #575630bd
+# %% ../nbs/05a_bench.ipynb #ed4afafc
 KINDS = {  # group -> regular expression, the first that is found
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather",
     "optimizer": r"multi_tensor_apply|adam|_foreach|lpnorm|clip_grad",
@@ -184,7 +184,7 @@ KINDS = {  # group -> regular expression, the first that is found
     "attention": r"flash|fmha|attention|attn|sdpa|mem_eff",
     "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_gated_norm_|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
     "sort/routing": r"sort|topk|radix|searchsorted|cumsum|devicescan|scan_(innermost|outer)|histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect|bitonic|_route_(forward|backward)",
-    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_combine$",
+    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_(combine|spread)$",
     "dense GEMM": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|aten::(mm|bmm|addmm|baddbmm|matmul|linear|dot|mv|_addmm_activation)$|mkl",
     "copies/casts": r"copy|memcpy|memset|catarray|fill|aten::(cat|clone|contiguous|to|zero_|zeros|empty|stack|constant_pad_nd|pad|new_zeros|zeros_like|empty_like|ones)",
     "reductions": r"reduce|softmax|nll|cross_entropy|logsumexp|vector_norm|triton_(red|per)|aten::(sum|mean|max|min|amax|any|all|norm|prod|argmax)$",

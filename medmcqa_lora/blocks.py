@@ -6,13 +6,13 @@
 __all__ = ['Mixture', 'frozen', 'unwatched', 'mixture', 'MixtureFunction', 'Mamba', 'mamba', 'MambaFunction', 'NormedLayers',
            'attention_block', 'block_forward', 'widen', 'speed_up']
 
-# %% ../nbs/02e_blocks.ipynb #95f0acb1
+# %% ../nbs/02e_blocks.ipynb #5e19341c
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .fused import FORWARDS, Layer, combine, fuse, gather, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, product32, relu2, relu2_grad, make_room, route, route_grad, wide_linear
+from .fused import FORWARDS, Layer, combine, fuse, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, product32, relu2, relu2_grad, make_room, route, route_grad, to_experts, wide_linear
 from .mamba import Frozen, Sizes, can_scan, frozen_parts, mixer_sizes, scan_backward, scan_forward
 from .experts import can_replace, expert_linear, expert_linear_grad, is_grouped, lora_factors, sort_by_expert, unwrap, use_grouped_experts
 
@@ -51,7 +51,7 @@ def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                 experts.up_proj, experts.down_proj, up._replace(a=None, b=None), down._replace(a=None, b=None))
     return m, (*lora["up_proj"], *lora["down_proj"], up.a, up.b, down.a, down.b)
 
-# %% ../nbs/02e_blocks.ipynb #56b65d6b
+# %% ../nbs/02e_blocks.ipynb #e8c43fd2
 class MixtureFunction(torch.autograd.Function):
     "h + experts(norm(h)), routed and shared."
     @staticmethod
@@ -65,7 +65,7 @@ class MixtureFunction(torch.autograd.Function):
         index, weights = route(logits, m.bias, m.k, m.scale, m.normalised)
         order, inverse, ends = sort_by_expert(index, len(m.bias))
         w = weights.reshape(-1, 1)[order]
-        wide, t_up = expert_linear(gather(x, order, m.k), m.up, a_up, b_up, ends)
+        wide, t_up = expert_linear(to_experts(x, order, inverse), m.up, a_up, b_up, ends)
         y, t_down = expert_linear(relu2(wide, w), m.down, a_down, b_down, ends)
         shared, st_up = linear_forward(x, m.shared_up.weight, sa_up, sb_up, m.shared_up.scale)
         total, st_down = linear_forward(relu2(shared), m.shared_down.weight, sa_down, sb_down, m.shared_down.scale)
@@ -82,8 +82,8 @@ class MixtureFunction(torch.autograd.Function):
         a_up, b_up, a_down, b_down, sa_up, sb_up, sa_down, sb_down = factors
         (x, _), g = norm(h, m.norm, m.eps), g.contiguous()
         def act(): return None if a_down is None else relu2(wide, w)  # made where they are used, freed after it
-        def xs(): return None if a_up is None else gather(x, order, m.k)
-        da, da_down, db_down = expert_linear_grad(gather(g, order, m.k), act(), t_down, m.down, a_down, b_down, ends)
+        def xs(): return None if a_up is None else to_experts(x, order, inverse)
+        da, da_down, db_down = expert_linear_grad(to_experts(g, order, inverse), act(), t_down, m.down, a_down, b_down, ends)
         dwide, dw = relu2_grad(wide, w, da)
         rows, da_up, db_up = expert_linear_grad(dwide, xs(), t_up, m.up, a_up, b_up, ends)
         da = None

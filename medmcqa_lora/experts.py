@@ -7,14 +7,14 @@ __all__ = ['GROUPED_TYPES', 'sort_by_expert', 'can_group', 'grouped_loop', 'grou
            'GroupedExperts', 'unwrap', 'lora_factors', 'grouped_forward', 'can_replace', 'is_grouped', 'expert_modules',
            'use_grouped_experts', 'undo_grouped_experts', 'grouped_experts']
 
-# %% ../nbs/02a_experts.ipynb #21146b83
+# %% ../nbs/02a_experts.ipynb #40815c78
 from contextlib import contextmanager
 from types import MethodType
 from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .fused import combine, gather, is_relu2, relu2, relu2_grad
+from .fused import combine, is_relu2, relu2, relu2_grad, to_experts
 
 # %% ../nbs/02a_experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
@@ -88,7 +88,7 @@ def expert_linear_grad(g: Tensor, # (S, out) gradient of y
     if wanted: dx.add_(grouped(u, a, ends))
     return dx, grouped(u.mT, x, ends), grouped(t.mT, g, ends)
 
-# %% ../nbs/02a_experts.ipynb #9fe003c0
+# %% ../nbs/02a_experts.ipynb #0b3f9388
 class GroupedExperts(torch.autograd.Function):
     "All routed experts of a block: up, relu², routing weight, down, sum; gradients for the input, the routing weights and LoRA's factors."
     @staticmethod
@@ -107,7 +107,7 @@ class GroupedExperts(torch.autograd.Function):
                ) -> Tensor: # (T, hidden), of x's type
         ctx.k, ctx.dtype = weights.shape[1], x.dtype
         w = weights.reshape(-1, 1)[order]
-        h, t_up = expert_linear(gather(x.to(up.dtype), order, ctx.k), up, a_up, b_up, ends)
+        h, t_up = expert_linear(to_experts(x.to(up.dtype), order, inverse), up, a_up, b_up, ends)
         y, t_down = expert_linear(relu2(h, w), down, a_down, b_down, ends)
         ctx.save_for_backward(None if a_up is None else x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends)
         return combine(y, inverse, ctx.k, x.dtype)
@@ -119,8 +119,8 @@ class GroupedExperts(torch.autograd.Function):
                 ) -> tuple: # a gradient or none for each argument of `forward`
         x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends = ctx.saved_tensors
         def act(): return None if a_down is None else relu2(h, w)  # made where they are used, freed after it
-        def xs(): return None if a_up is None else gather(x.to(up.dtype), order, ctx.k)
-        da, da_down, db_down = expert_linear_grad(gather(g.to(up.dtype), order, ctx.k), act(), t_down, down, a_down, b_down, ends)
+        def xs(): return None if a_up is None else to_experts(x.to(up.dtype), order, inverse)
+        da, da_down, db_down = expert_linear_grad(to_experts(g.to(up.dtype), order, inverse), act(), t_down, down, a_down, b_down, ends)
         dh, dw = relu2_grad(h, w, da)
         dx, da_up, db_up = expert_linear_grad(dh, xs(), t_up, up, a_up, b_up, ends, ctx.needs_input_grad[0])
         dx = None if dx is None else combine(dx, inverse, ctx.k, ctx.dtype)
