@@ -471,6 +471,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.plan.mlp_kept': ('plan.html#mlp_kept', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.nearest_measurement': ('plan.html#nearest_measurement', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.norm_kept': ('plan.html#norm_kept', 'medmcqa_lora/plan.py'),
+                                   'medmcqa_lora.plan.own_scan': ('plan.html#own_scan', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.plan_data': ('plan.html#plan_data', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.plan_memory': ('plan.html#plan_memory', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.plan_pass': ('plan.html#plan_pass', 'medmcqa_lora/plan.py'),
