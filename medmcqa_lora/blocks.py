@@ -16,7 +16,7 @@ from .fused import FORWARDS, Layer, combine, fuse, is_relu2, linear_forward, lin
 from .mamba import Frozen, Sizes, can_scan, frozen_parts, mixer_sizes, scan_backward, scan_forward
 from .experts import can_replace, expert_linear, expert_linear_grad, is_grouped, lora_factors, sort_by_expert, unwrap, use_grouped_experts
 
-# %% ../nbs/02e_blocks.ipynb #6ea43f28
+# %% ../nbs/02e_blocks.ipynb #6a0bfa9b
 class Mixture(NamedTuple):
     "Weights and numbers of a mixture-of-experts block; LoRA's factors travel beside it."
     norm: Tensor  # (D,)
@@ -31,12 +31,15 @@ class Mixture(NamedTuple):
     shared_up: Layer
     shared_down: Layer
 
+# %% ../nbs/02e_blocks.ipynb #8f95bab6
 def frozen(*tensors: Tensor) -> bool: return not any(t.requires_grad for t in tensors)
 
+# %% ../nbs/02e_blocks.ipynb #2b36cfac
 def unwatched(module: nn.Module) -> bool: # whether nobody would miss the calls of its parts
     "Whether no hook waits inside a module."
     return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
+# %% ../nbs/02e_blocks.ipynb #bf5bb3bb
 def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
            ) -> tuple[Mixture, tuple] | None: # the block, LoRA's eight factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."
@@ -93,7 +96,7 @@ class MixtureFunction(torch.autograd.Function):
         dx = combine(rows, inverse, m.k, h.dtype, dx.addmm_(halves, torch.cat([m.router, m.router]).to(h.dtype)))
         return norm_grad(dx, g, h, m.norm, rstd), None, da_up, db_up, da_down, db_down, dsa_up, dsb_up, dsa_down, dsb_down
 
-# %% ../nbs/02e_blocks.ipynb #6844e112
+# %% ../nbs/02e_blocks.ipynb #0716fec3
 class Mamba(NamedTuple):
     "Weights and sizes of a Mamba block; LoRA's factors travel beside it."
     norm: Tensor  # (D,)
@@ -103,6 +106,7 @@ class Mamba(NamedTuple):
     frozen: Frozen
     sizes: Sizes
 
+# %% ../nbs/02e_blocks.ipynb #887b8b83
 def mamba(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mixer`
          ) -> tuple[Mamba, tuple] | None: # the block, LoRA's two factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."

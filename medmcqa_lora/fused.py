@@ -17,11 +17,12 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/01b_fused.ipynb #19f405d0
+# %% ../nbs/01b_fused.ipynb #f0d4f4cb
 def use_triton(*tensors: Tensor) -> bool: # False: PyTorch's operations
     "Whether these tensors go through our Triton kernels."
     return all(t.is_cuda and t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in tensors) and importlib.util.find_spec("triton") is not None
 
+# %% ../nbs/01b_fused.ipynb #9bfce6c6
 def relu2(h: Tensor, # (N, D) pre-activation
           w: Tensor | None = None # (N, 1) weight of a row
          ) -> Tensor: # (N, D) of h's type
@@ -32,6 +33,7 @@ def relu2(h: Tensor, # (N, D) pre-activation
     y = F.relu(h).square_()
     return y if w is None else y.mul_(w)
 
+# %% ../nbs/01b_fused.ipynb #1be1e2ab
 def relu2_grad(h: Tensor, # (N, D) pre-activation
                w: Tensor | None, # (N, 1)
                g: Tensor # (N, D) gradient of the result; overwritten
@@ -45,6 +47,7 @@ def relu2_grad(h: Tensor, # (N, D) pre-activation
     dw = r.square().mul_(g).sum(-1, dtype=w.dtype)
     return g.mul_(r).mul_(2 * w), dw
 
+# %% ../nbs/01b_fused.ipynb #fa7ffbdd
 def to_experts(x: Tensor, # (T, D)
                order: Tensor, inverse: Tensor # (S,) slot of each row, row of each slot; slot j is token j // k's
           ) -> Tensor: # (S, D)
@@ -54,6 +57,7 @@ def to_experts(x: Tensor, # (T, D)
         return spread_rows(x.contiguous(), inverse)
     return x[order // (len(order) // len(x))]
 
+# %% ../nbs/01b_fused.ipynb #113d552c
 def combine(rows: Tensor, # (S, D) sorted by expert
             inverse: Tensor, # (S,) row of each slot
             k: int, # slots a token
@@ -66,7 +70,7 @@ def combine(rows: Tensor, # (S, D) sorted by expert
         return combine_rows(rows, inverse, k, dtype, *more)
     return sum(more, rows[inverse].view(-1, k, rows.shape[-1]).sum(1, dtype=dtype))
 
-# %% ../nbs/01b_fused.ipynb #fd2ad073
+# %% ../nbs/01b_fused.ipynb #c9af3f72
 def norm(x: Tensor, # (N, D), contiguous
          w: Tensor, # (D,)
          eps: float, # added to the mean square
@@ -80,6 +84,7 @@ def norm(x: Tensor, # (N, D), contiguous
     y = (w * (x.float() * rstd[:, None]).to(x.dtype)).to(x.dtype)
     return F.pad(y, (0, room))[:, :y.shape[1]], rstd
 
+# %% ../nbs/01b_fused.ipynb #6ed6228a
 def norm_grad(g: Tensor, # (N, D), contiguous: gradient of y
               more: Tensor | None, # (N, D), contiguous: what arrives at x from elsewhere
               x: Tensor, w: Tensor, # as given to `norm`
@@ -93,7 +98,7 @@ def norm_grad(g: Tensor, # (N, D), contiguous: gradient of y
     d = rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
     return (d if more is None else d + more).to(x.dtype)
 
-# %% ../nbs/01b_fused.ipynb #ba0751e4
+# %% ../nbs/01b_fused.ipynb #0b8dcbee
 class RMSNorm(torch.autograd.Function):
     "`norm` on the last dimension, w frozen."
     @staticmethod
@@ -115,6 +120,7 @@ class RMSNorm(torch.autograd.Function):
         rows, g = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, dy))
         return norm_grad(g, None, rows, w, rstd).view_as(x), None, None
 
+# %% ../nbs/01b_fused.ipynb #37fa0607
 def norm_forward(self, # a `NemotronHRMSNorm`
                  hidden_states: Tensor # (…, D)
                 ) -> Tensor: # of the same shape
@@ -130,7 +136,7 @@ def product32(a: Tensor, # (M, K)
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16): return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype != torch.float64 else a @ b
 
-# %% ../nbs/01b_fused.ipynb #0cfe439e
+# %% ../nbs/01b_fused.ipynb #b210c8d8
 def route(logits: Tensor, # (T, E)
           bias: Tensor, # (E,) added to the scores for the choice alone
           k: int, # experts a token
@@ -146,6 +152,7 @@ def route(logits: Tensor, # (T, E)
     w = scores.gather(1, index)
     return index, (w / (w.sum(-1, keepdim=True) + 1e-20) if normalised else w) * scale
 
+# %% ../nbs/01b_fused.ipynb #db887962
 def route_grad(logits: Tensor, # (T, E)
                index: Tensor, # (T, k)
                g: Tensor, # (T, k) gradient of the weights
@@ -162,7 +169,7 @@ def route_grad(logits: Tensor, # (T, E)
     dense = torch.zeros_like(logits).scatter_(1, index, d * s * (1 - s))
     return torch.cat([high := dense.to(dtype), (dense - high.to(dense.dtype)).to(dtype)], 1)
 
-# %% ../nbs/01b_fused.ipynb #3eb0c0aa
+# %% ../nbs/01b_fused.ipynb #1d1ffa07
 class Router(torch.autograd.Function):
     "Logits, choice and weights of a mixture-of-experts block; the router's weight is frozen."
     @staticmethod
@@ -189,6 +196,7 @@ class Router(torch.autograd.Function):
         halves = route_grad(logits, index, g, scale, normalised, w.dtype)
         return (halves @ torch.cat([w, w])).to(dtype), None, None, None, None, None
 
+# %% ../nbs/01b_fused.ipynb #dc972ddc
 def router_forward(self, # a `NemotronHTopkRouter`
                    hidden_states: Tensor # (…, D)
                   ) -> tuple[Tensor, Tensor, Tensor]: # logits (T, E), weights (T, k), index (T, k)
@@ -197,7 +205,7 @@ def router_forward(self, # a `NemotronHTopkRouter`
     x = hidden_states.reshape(-1, self.hidden_dim)
     return Router.apply(x, self.weight, self.e_score_correction_bias, self.top_k, self.routed_scaling_factor, self.norm_topk_prob)
 
-# %% ../nbs/01b_fused.ipynb #e3c0edd3
+# %% ../nbs/01b_fused.ipynb #d531a3b6
 class Layer(NamedTuple):
     "A frozen linear layer and what LoRA adds to it."
     weight: Tensor  # (out, in)
@@ -206,6 +214,7 @@ class Layer(NamedTuple):
     scale: float = 1.0
     room: int = 0  # numbers left free behind each row of the weight, by `make_room`
 
+# %% ../nbs/01b_fused.ipynb #ca8859b5
 def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
               ) -> Layer | None: # none: its own forward has to run
     "A layer's frozen weight and its one active adapter, if that is all there is to it."
@@ -223,7 +232,7 @@ def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
     if rest or drops or name in module.lora_variant or module.lora_B[name].bias is not None: return None
     return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], getattr(base, "room", 0))
 
-# %% ../nbs/01b_fused.ipynb #2514e016
+# %% ../nbs/01b_fused.ipynb #db4ca523
 def linear_forward(x: Tensor, # (N, in), of the weight's type
                    weight: Tensor, # (out, in)
                    a: Tensor | None, # (r, in), of any type
@@ -235,6 +244,7 @@ def linear_forward(x: Tensor, # (N, in), of the weight's type
     t = x @ a.to(x.dtype).T
     return y.addmm_(t, (b * scale).to(x.dtype).T), t
 
+# %% ../nbs/01b_fused.ipynb #3c9e7526
 def linear_grad(g: Tensor, # (N, out)
                 x: Tensor, # (N, in)
                 t: Tensor | None, # (N, r) from `linear_forward`
@@ -248,13 +258,14 @@ def linear_grad(g: Tensor, # (N, out)
     if wanted: dx.addmm_(u, a.to(g.dtype))
     return dx, product32(u.T, x).to(a.dtype), (product32(g.T, t) * scale).to(b.dtype)
 
-# %% ../nbs/01b_fused.ipynb #e4ed34cf
+# %% ../nbs/01b_fused.ipynb #1810b51b
 def widened(rows: Tensor, # (N, D) with room behind each row
             r: int # numbers of it
            ) -> Tensor: # (N, D + r), of the same memory
     "Rows with the room behind them."
     return rows.as_strided((len(rows), rows.shape[1] + r), rows.stride())
 
+# %% ../nbs/01b_fused.ipynb #ad763566
 @torch.no_grad()
 def make_room(layer: nn.Linear, # whose weight is frozen; moved to memory of its own
               r: int # numbers behind each row
@@ -265,6 +276,7 @@ def make_room(layer: nn.Linear, # whose weight is frozen; moved to memory of its
     new = layer.weight.new_zeros(out, width + r)[:, :width]
     layer.weight.data, layer.room = new.copy_(layer.weight), r
 
+# %% ../nbs/01b_fused.ipynb #24bac9fb
 def wide_linear(x: Tensor, # (N, in), with room for r numbers behind each row
                 weight: Tensor, # (out, in), likewise
                 a: Tensor, b: Tensor, scale: float # as `linear_forward` takes them
@@ -276,7 +288,7 @@ def wide_linear(x: Tensor, # (N, in), with room for r numbers behind each row
     matrix[:, n:] = b * scale
     return both @ matrix.T, both[:, n:].clone()
 
-# %% ../nbs/01b_fused.ipynb #66f47a84
+# %% ../nbs/01b_fused.ipynb #ecbea491
 class LoraFunction(torch.autograd.Function):
     "`linear_forward` with gradients for its input and LoRA's factors."
     @staticmethod
@@ -298,6 +310,7 @@ class LoraFunction(torch.autograd.Function):
         dx, da, db = linear_grad(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]).to(weight.dtype), t, weight, a, b, ctx.scale, ctx.needs_input_grad[0])
         return None if dx is None else dx.to(x.dtype).view_as(x), None, da, db, None
 
+# %% ../nbs/01b_fused.ipynb #808cdf0e
 def lora_forward(self, # PEFT's LoRA around a linear layer
                  x: Tensor, # (…, in)
                  *args, **kwargs # for the original forward
@@ -307,7 +320,7 @@ def lora_forward(self, # PEFT's LoRA around a linear layer
     if layer is None or layer.a is None: return type(self).forward(self, x, *args, **kwargs)
     return LoraFunction.apply(x, layer.weight, layer.a, layer.b, layer.scale)
 
-# %% ../nbs/01b_fused.ipynb #b10ec430
+# %% ../nbs/01b_fused.ipynb #347e741e
 class SharedExpert(torch.autograd.Function):
     "Up, relu², down, each with LoRA or without."
     @staticmethod
@@ -335,6 +348,7 @@ class SharedExpert(torch.autograd.Function):
         dx, da_up, db_up = linear_grad(dh, rows, t_up, up, a_up, b_up, s_up, ctx.needs_input_grad[0])
         return None if dx is None else dx.to(ctx.dtype).view(ctx.shape), None, da_up, db_up, None, None, da_down, db_down, None
 
+# %% ../nbs/01b_fused.ipynb #4bfd13c6
 def mlp_forward(self, # a `NemotronHMLP`
                 x: Tensor # (…, D)
                ) -> Tensor: # (…, D)
@@ -343,23 +357,27 @@ def mlp_forward(self, # a `NemotronHMLP`
     if up is None or down is None or not is_relu2(self.act_fn): return type(self).forward(self, x)
     return SharedExpert.apply(x, up.weight, up.a, up.b, up.scale, down.weight, down.a, down.b, down.scale)
 
+# %% ../nbs/01b_fused.ipynb #44b0fbaf
 def is_relu2(activation: nn.Module) -> bool: # whether `relu2` computes it
     "Whether an activation is the squared ReLU of transformers."
     from transformers.activations import ReLUSquaredActivation
     return isinstance(activation, ReLUSquaredActivation)
 
-# %% ../nbs/01b_fused.ipynb #f663147a
+# %% ../nbs/01b_fused.ipynb #0989ddd4
 FORWARDS = {"NemotronHRMSNorm": norm_forward, "NemotronHTopkRouter": router_forward, "NemotronHMLP": mlp_forward}  # by class
 
+# %% ../nbs/01b_fused.ipynb #7b0f42e6
 def fused_forward(module: nn.Module): # the function, or none
     "What replaces a module's forward."
     from peft.tuners.lora import Linear as LoraLinear
     return lora_forward if isinstance(module, LoraLinear) else FORWARDS.get(type(module).__name__)
 
+# %% ../nbs/01b_fused.ipynb #4e16adc8
 def is_fused(module: nn.Module) -> bool: # whether `fuse` changed it
     "Whether a module's forward is one of ours."
     return getattr(vars(module).get("forward"), "__func__", None) in (lora_forward, *FORWARDS.values())
 
+# %% ../nbs/01b_fused.ipynb #7778e80c
 def fuse(model: nn.Module # a transformers or PEFT model; changed in place
         ) -> list[str]: # names of the modules that now use a fused forward
     "Give Nemotron-H's norms, routers, shared experts and LoRA layers their fused forwards; a forward that somebody else replaced is left alone."
@@ -368,12 +386,14 @@ def fuse(model: nn.Module # a transformers or PEFT model; changed in place
     for m in found.values(): m.forward = MethodType(fused_forward(m), m)
     return list(found)
 
+# %% ../nbs/01b_fused.ipynb #79354df9
 def undo_fused(model: nn.Module # changed in place
               ) -> None:
     "Give a model's modules their own forward back."
     for m in model.modules():
         if is_fused(m): del m.forward
 
+# %% ../nbs/01b_fused.ipynb #e7b945b1
 @contextmanager
 def fused(model: nn.Module # changed until the block ends
          ):

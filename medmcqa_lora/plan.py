@@ -22,9 +22,10 @@ from .mamba import LONGEST
 from .kernels import ROW_MULTIPLE
 from .model import block_kind, is_nano, list_matrices, lora_config, lora_report, planned_model, select
 
-# %% ../nbs/02d_plan.ipynb #e2e4b345
+# %% ../nbs/02d_plan.ipynb #b8411739
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
 
+# %% ../nbs/02d_plan.ipynb #4d1a33fc
 def question_lengths(recipe: Recipe) -> dict[int, float]: # tokens -> share of the questions that max_length lets through
     "How long questions are, by the shipped histogram; raises `ValueError` if none fits."
     counts = {int(k): v for k, v in json.loads(shipped("assets/lengths.json").read_text())["tokens"].items()}
@@ -139,9 +140,10 @@ def expert_size(c # the model's configuration
     "Numbers a token that enter and leave a routed expert."
     return getattr(c, "moe_latent_size", None) or c.hidden_size
 
-# %% ../nbs/02d_plan.ipynb #c1391546
+# %% ../nbs/02d_plan.ipynb #fb0ca859
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"  # of routed experts, as `list_matrices` calls them
 
+# %% ../nbs/02d_plan.ipynb #9f9b2d63
 def routed_kept(c, # the model's configuration
                 p: Pass, ranks: dict[str, int] # target -> rank, of this block
                ) -> dict[str, float]: # what -> bytes a token
@@ -205,12 +207,13 @@ def apart(p: Pass) -> Pass: # the same, or a padded batch
 # %% ../nbs/02d_plan.ipynb #6fd34f95
 UNEXPLAINED = 4  # bytes a number of the hidden width and mixture block: a measured allowance for transformers' blocks on a GPU, its cause unknown
 
-# %% ../nbs/02d_plan.ipynb #4ab27bc9
+# %% ../nbs/02d_plan.ipynb #cb393ea5
 def norm_kept(c, # the model's configuration
               p: Pass) -> int: # bytes a token
     "What an RMS norm keeps: its input, in float32 where PyTorch computes it, and the row's factor."
     return (p.width if p.whole else 4) * c.hidden_size + 4
 
+# %% ../nbs/02d_plan.ipynb #6a9bba3b
 def block_kept(c, # the model's configuration
                block: Block, p: Pass) -> dict[str, float]: # what -> bytes a token
     "What a block keeps, its norms and the bfloat16 copies of its adapter included."
@@ -347,9 +350,10 @@ def plan_memory(c, # the model's configuration
     def peak(checkpointing): return activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1) if known else (math.nan, math.nan)
     return pd.DataFrame({ck: parts | dict(zip(("activations", "logits, beyond that"), (v / 2**30 for v in peak(ck)))) for ck in (False, True)})
 
-# %% ../nbs/02d_plan.ipynb #b61c7539
+# %% ../nbs/02d_plan.ipynb #e8d5fec1
 RESERVE = 1.05  # of what is predicted
 
+# %% ../nbs/02d_plan.ipynb #80effa07
 def largest_batch(c, # the model's configuration
                   blocks: list[Block], # from `find_blocks`
                   recipe: Recipe, parts: dict[str, float], # from `memory_parts`
@@ -361,9 +365,10 @@ def largest_batch(c, # the model's configuration
         return sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30
     return bisect.bisect(range(1, 1025), gpu_memory / RESERVE, key=needs)
 
-# %% ../nbs/02d_plan.ipynb #4d9f5f8f
+# %% ../nbs/02d_plan.ipynb #c4f135ae
 CODE = {"kernels": "transformers' experts", "experts": "grouped experts", "whole": "whole blocks"}  # ways that a recipe can go or could, from the first to today's
 
+# %% ../nbs/02d_plan.ipynb #74febd1d
 def nearest_measurement(total: int, # the model's parameters
                         recipe: Recipe, tokens: int # of the usual micro-batch, padding included
                        ) -> tuple[pd.Series, bool] | None: # a row of `measured_rows`, and whether it is the recipe's own case; none: never measured
