@@ -207,12 +207,12 @@ def block_forward(self, # a `NemotronHBlock`
 
 FORWARDS["NemotronHBlock"] = block_forward
 
-# %% ../nbs/02e_blocks.ipynb #425f9d9d
+# %% ../nbs/02e_blocks.ipynb #16b53591
 def widen(module: nn.Module # a linear layer, with LoRA or without; its weight may move
          ) -> None:
     "Make room for LoRA's factor in a weight on a GPU."
-    layer = lora_layer(module)
-    if layer and layer.a is not None and layer.weight.is_cuda and len(layer.a) % 8 == layer.weight.shape[1] % 8 == 0: make_room(module.base_layer, len(layer.a))
+    layer = lora_layer(module) if next(module.parameters()).is_cuda else None
+    if layer and layer.a is not None and len(layer.a) % 8 == layer.weight.shape[1] % 8 == 0: make_room(module.base_layer, len(layer.a))
 
 def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
             ) -> None:
