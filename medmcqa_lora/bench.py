@@ -481,7 +481,7 @@ def kernel_rows(results: list[dict]) -> list[dict[str, str]]: # for `markdown`
     def text(variant, kind): return " ".join(f"{x:.3g} ({x / whole[variant]:.0%})" for x in frame[(frame.variant == variant) & (frame.kind == kind)].ms)
     return [{"what kernels do": kind, **{v: text(v, kind) for v in dict.fromkeys(frame.variant)}} for kind in (*KINDS, "other") if kind in set(frame.kind)]
 
-# %% ../nbs/05a_bench.ipynb #b9c78ac1
+# %% ../nbs/05a_bench.ipynb #42213bd3
 def plot_kernels(results: list[dict] # lines of results.jsonl
                 ) -> Figure: # a bar a variant
     "What each variant's time goes to."
@@ -493,7 +493,7 @@ def plot_kernels(results: list[dict] # lines of results.jsonl
         ax.barh(wide.index, wide[kind], left=left, color=colour, label=kind)
         left += wide[kind]
     ax.invert_yaxis()
-    ax.set(xlabel="ms of kernels per 1,000 real tokens, training" if torch.cuda.is_available() else "ms of operators or kernels per 1,000 real tokens, training", ylabel="")
+    ax.set(xlabel="ms of kernels per 1,000 real tokens, training" if all(r.get("hardware", {}).get("gpus") for r in results) else "ms of operators per 1,000 real tokens, training", ylabel="")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     plt.close(fig)
     return fig

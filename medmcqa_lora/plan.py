@@ -8,7 +8,7 @@ __all__ = ['ROWS', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESERVE', 'CODE',
            'mlp_kept', 'expert_size', 'routed_kept', 'mamba_sizes', 'own_scan', 'mamba_kept', 'Block', 'apart',
            'norm_kept', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary', 'routed_temporary',
            'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass', 'plan_pass',
-           'will_pack', 'plan_memory', 'largest_batch', 'nearest_measurement', 'count_steps', 'plan_time',
+           'will_pack', 'plan_memory', 'largest_batch', 'check_fit', 'nearest_measurement', 'count_steps', 'plan_time',
            'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
 
 # %% ../nbs/02d_plan.ipynb #eae74da2
@@ -364,6 +364,19 @@ def largest_batch(c, # the model's configuration
         p = plan_pass(c, replace(recipe, per_device_train_batch_size=batch), will_pack(recipe))
         return sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30
     return bisect.bisect(range(1, 1025), gpu_memory / RESERVE, key=needs)
+
+# %% ../nbs/02d_plan.ipynb #163c692d
+def check_fit(model: nn.Module, # without LoRA, on the meta device
+              recipe: Recipe, gpu_memory: float # GiB of this process' GPU
+             ) -> None:
+    "Raises `ValueError`, naming what would fit, where a recipe's training needs clearly more memory than the GPU has."
+    blocks = find_blocks(model, recipe)
+    parts = memory_parts(sum(p.numel() for p in model.parameters()), sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets)), recipe)
+    needed = plan_memory(model.config, blocks, recipe, parts)[recipe.gradient_checkpointing].sum()  # of what is known
+    if needed <= 1.1 * gpu_memory: return
+    fitting = {ck: largest_batch(model.config, blocks, recipe, parts, gpu_memory, ck) if blocks else 0 for ck in (recipe.gradient_checkpointing, True)}
+    ways = [f"-p per_device_train_batch_size {n}{' -p gradient_checkpointing true' * (ck and not recipe.gradient_checkpointing)}" for ck, n in fitting.items() if n]
+    raise ValueError(f"per_device_train_batch_size = {recipe.per_device_train_batch_size}: training needs about {needed:.0f} GiB, this GPU has {gpu_memory:.0f}; {' or '.join(ways) + ' would fit' if ways else 'not even one example would fit: take a larger GPU'} (see medmcqa-lora plan)")
 
 # %% ../nbs/02d_plan.ipynb #c4f135ae
 CODE = {"kernels": "transformers' experts", "experts": "grouped experts", "whole": "whole blocks"}  # ways that a recipe can go or could, from the first to today's
