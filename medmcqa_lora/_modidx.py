@@ -311,6 +311,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'medmcqa_lora.kernels.find_mamba_kernels': ( 'kernels.html#find_mamba_kernels',
                                                                                    'medmcqa_lora/kernels.py'),
                                       'medmcqa_lora.kernels.first_blocks': ('kernels.html#first_blocks', 'medmcqa_lora/kernels.py'),
+                                      'medmcqa_lora.kernels.has_own_scan': ('kernels.html#has_own_scan', 'medmcqa_lora/kernels.py'),
                                       'medmcqa_lora.kernels.is_kernel': ('kernels.html#is_kernel', 'medmcqa_lora/kernels.py'),
                                       'medmcqa_lora.kernels.isolated_forward': ('kernels.html#isolated_forward', 'medmcqa_lora/kernels.py'),
                                       'medmcqa_lora.kernels.keep_apart': ('kernels.html#keep_apart', 'medmcqa_lora/kernels.py'),

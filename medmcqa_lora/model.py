@@ -291,7 +291,7 @@ def _make_random(recipe: Recipe) -> nn.Module:
     model.config._name_or_path = recipe.model
     return model
 
-# %% ../nbs/02_model.ipynb #b305f5c6
+# %% ../nbs/02_model.ipynb #c2dd55c8
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
@@ -302,7 +302,7 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
     try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
-    check_kernels(model.config.model_type, recipe)
+    check_kernels(model.config.model_type, recipe, model)
     if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
     if recipe.backend == "hf" and recipe.fast != "off": speed_up(model)
     return model.eval()
