@@ -114,7 +114,7 @@ class Gradients:
         self.buffer.zero_()
         for p, v in self.views: p.grad = v
 
-# %% ../nbs/02f_step.ipynb #287347fb
+# %% ../nbs/02f_step.ipynb #ebec17cf
 GRAPHS = 32  # recorded at most at once: a graph of the 30B model takes some memory of its own
 
 class Step:
@@ -160,7 +160,7 @@ class Step:
         batch = self.trainer._prepare_inputs(inputs)
         self.tokens += batch["tokens"]
         if self.statistics is None: self.statistics = torch.zeros(3, device=batch["input_ids"].device)
-        items = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else (batch["targets"] >= 0).sum(), dtype=torch.float32, device=batch["input_ids"].device)
+        items = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else (batch["targets"] >= 0).sum(), dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1)
         if self.why: return self.run(model, batch, items)
         self.gradients = self.gradients or Gradients([p for p in model.parameters() if p.requires_grad])
         self.gradients.attach()
