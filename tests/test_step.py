@@ -22,7 +22,7 @@ from medmcqa_lora.files import read_lines
 from medmcqa_lora.mamba import LONGEST
 from medmcqa_lora.model import TOY, attach_lora, device, load_model, load_tokenizer
 from medmcqa_lora.recipe import Recipe
-from medmcqa_lora.step import RowCollator, Step, shape_of, use_head_loss
+from medmcqa_lora.step import HeadLoss, RowCollator, Step, shape_of, use_head_loss
 from medmcqa_lora.training import make_trainer, train
 
 CHUNK = TOY["chunk_size"]
@@ -126,6 +126,8 @@ def test_whole_model_beside_eager(situation, few):
     rows, model = examples(lengths), ours(few)
     row = RowCollator(multiple)(rows)
     assert row["input_ids"].shape[1] % multiple == 0 and row["tokens"] == sum(lengths)
+    if multiple > 1:  # what fills up is a document of its own, which costs no more than it is long
+        assert row["cu_seq_lens_q"].tolist()[-2:] == [sum(lengths), row["input_ids"].shape[1]] and not set(row["seq_idx"][0, sum(lengths) :].tolist()) & set(row["seq_idx"][0, : sum(lengths)].tolist())
     loss = model(**inputs(row, supervised_in(rows))).loss
     loss.backward()
     wanted = eager(rows, few)
@@ -197,6 +199,12 @@ def test_rows_without_a_supervised_position(trainer):
     loss, found = by_step(trainer, [mute(ROWS[0])])
     assert loss == 0 and found and not any(g.any() for g in found.values())
     assert trainer.training_step.log() | dict(num_tokens=0) == dict(num_tokens=0, entropy=0, mean_token_accuracy=0)
+
+
+def test_a_row_without_a_target_is_never_right():
+    """Equal logits: the first token is the best, and stands in where there is no target."""
+    loss, statistics = HeadLoss.apply(torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([-100, 0, 2]))
+    assert loss.item() == pytest.approx(2 * math.log(5)) and statistics.tolist() == pytest.approx([2 * math.log(5), 1, 2])
 
 
 def test_positions_are_not_counted_by_a_label_that_nothing_stands_before(trainer):
@@ -309,9 +317,9 @@ def run(folder: Path, resume: bool = False, spoil: int | None = None, rank: int 
     settings = dict(max_steps=6, save_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant", target="letter_and_text") | settings
     chosen, logged = recipe(**settings), Logged(spoil)
     tokenizer = load_tokenizer(chosen)
-    encoded = encode_questions(load_pair(chosen)[0].questions[:22], tokenizer, chosen)  # the last batch of an epoch is smaller
+    encoded, held_out = (encode_questions(part.questions[:22], tokenizer, chosen) for part in load_pair(chosen))  # the last batch of an epoch is smaller
     folder.mkdir(exist_ok=True)
-    made = make_trainer(attach_lora(load_model(chosen), chosen), tokenizer, encoded, chosen, folder, packed=True)
+    made = make_trainer(attach_lora(load_model(chosen), chosen), tokenizer, encoded, chosen, folder, held_out, packed=True)
     assert isinstance(made.training_step, Step) == (chosen.fast != "off") and made.accelerator.num_processes == processes
     made.add_callback(logged)
     train(made, folder, resume)
@@ -335,8 +343,8 @@ def test_logged_numbers_are_trls(tmp_path):
 
 
 def test_accumulated_numbers_are_trls(tmp_path):
-    """Where every batch has as many positions as the others, that is: TRL takes the mean of batches' means, the step that of positions."""
-    settings = dict(gradient_accumulation_steps=2, logging_steps=2, max_steps=4, save_steps=4, target="letter", per_device_train_batch_size=2)
+    """Where every batch has as many positions as the others, that is: TRL takes the mean of batches' means, the step that of positions. Evaluations in between are not among them."""
+    settings = dict(gradient_accumulation_steps=2, logging_steps=2, eval_steps=1, max_steps=4, save_steps=4, target="letter", per_device_train_batch_size=2)
     wanted, found = (run(tmp_path / fast, fast=fast, **settings) for fast in ("off", "auto"))
     same_numbers(found, wanted)
 
