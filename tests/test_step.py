@@ -167,7 +167,8 @@ def interpreted(modules: str, cases: list[tuple]) -> None:
 
 @needs_interpreter
 def test_the_packages_scan_in_the_whole_model():
-    interpreted("(kernels,)", [(*SITUATIONS[s], False) for s in SITUATIONS] if ALL else [([1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK], 1, False)])
+    border = [1, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 1, 3 * CHUNK]  # two tokens of the fifth lie in the next block of 64; the last one of an example has no gradient
+    interpreted("(kernels,)", [(border, 1, False)] + [(*SITUATIONS[s], False) for s in SITUATIONS if ALL])
 
 
 @needs_interpreter
