@@ -422,7 +422,7 @@ def eagerly(trainer, rows: list[list[dict]]) -> tuple[float, dict[str, torch.Ten
         trainer.training_step.why = ""
 
 
-SHAPES = [[examples([40, 17, 90], s), examples([300], s), examples([5, 9, 33, 250], s)] for s in range(3)]
+SHAPES = [[examples(lengths, seed, share=0.1) for lengths in ([40, 17, 90], [300], [5, 9, 33, 250])] for seed in range(3)]  # three shapes, three times
 
 
 @needs_gpu
