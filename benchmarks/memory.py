@@ -4,8 +4,8 @@
     python benchmarks/memory.py                                                  # toy size on the CPU, a check of this script
     python benchmarks/memory.py --list                                           # the configurations and what is predicted for the 30B model
 
-Each configuration goes through the package's own load_model, attach_lora and make_trainer: TRL steps on synthetic rows of
-given lengths, always the same batch. The peak is torch.cuda.max_memory_allocated from the second step on, when AdamW's
+Each configuration goes through the package's own load_model, attach_lora and make_trainer: a trainer's steps on synthetic rows
+of given lengths, always the same batch; packed ones are filled up and recorded, as in a run. The peak is torch.cuda.max_memory_allocated from the second step on, when AdamW's
 moments exist and Triton has tuned its kernels (that of the first step is recorded, too). On the CPU, where there is no
 such counter, torch's profiler adds up allocations above the weights. A configuration that runs out of memory is recorded
 as such, and everything is freed before the next. Appends a line a configuration to benchmarks/memory.jsonl (or --out FILE).
@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 
 from medmcqa_lora.data import Encoded, sample_tokenizer
 from medmcqa_lora.experts import is_grouped
-from medmcqa_lora.kernels import can_use_varlen, missing_kernels
+from medmcqa_lora.fused import is_fused
+from medmcqa_lora.kernels import ROW_MULTIPLE, can_use_varlen, missing_kernels, row_multiple
 from medmcqa_lora.model import TOY, attach_lora, empty_model, load_model
 from medmcqa_lora.plan import Pass, activation_peak, find_blocks, memory_parts
 from medmcqa_lora.recipe import Recipe, check_recipe, shipped
@@ -107,9 +108,11 @@ def make_pass(case: Case, lengths: list[int], model, recipe: Recipe) -> Pass:
     """What really computes this configuration, for the formula."""
     experts = [m for n, m in model.named_modules() if n.endswith(".experts")]
     half = recipe.dtype != "float32"
-    how = dict(half=half, fused=not missing_kernels(), grouped=all(map(is_grouped, experts)), wide=torch.cuda.is_available())
+    whole = any(is_fused(m) for m in model.modules() if type(m).__name__ == "NemotronHBlock")
+    how = dict(half=half, fused=not missing_kernels(), grouped=all(map(is_grouped, experts)), whole=whole, wide=torch.cuda.is_available())
     if case.packed:
-        return Pass(1, sum(lengths), masked=not (recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)), examples=len(lengths), longest=max(lengths), **how)
+        multiple = row_multiple(next(model.parameters()).device) if recipe.fast != "off" else 1
+        return Pass(1, sum(lengths) + -sum(lengths) % multiple, step=recipe.fast != "off", masked=not (recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)), examples=len(lengths), longest=max(lengths), **how)
     return Pass(case.rows, max(lengths), masked=len(set(lengths)) > 1, **how)
 
 
@@ -163,8 +166,10 @@ def predict(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder:
         recipe = make_recipe(case, Path(folder), False, 1, 0)
         model, lengths = empty_model(folder), row_lengths(case, False)
-    blocks, packed, padded = find_blocks(model, recipe), dict(rows=1, length=sum(lengths)), dict(rows=case.rows, length=max(lengths), masked=len(set(lengths)) > 1)
-    p = Pass(**(packed if case.packed else padded), grouped=case.fast != "off")
+    fast = case.fast != "off"
+    packed = dict(rows=1, length=sum(lengths) + -sum(lengths) % (ROW_MULTIPLE if fast else 1), examples=len(lengths), longest=max(lengths), masked=not fast, step=fast)
+    blocks, padded = find_blocks(model, recipe), dict(rows=case.rows, length=max(lengths), masked=len(set(lengths)) > 1)
+    p = Pass(**(packed if case.packed else padded), grouped=fast, whole=fast)
     fixed = sum(memory_parts(sum(q.numel() for q in model.parameters()), sum(b.trainable for b in blocks), recipe).values())
     return f"{case.name:<46} {p.tokens:>7,} tokens  {fixed + sum(activation_peak(model.config, blocks, p, case.checkpointing)) / 2**30:8.2f} GiB, {fixed:.2f} of them fixed"
 

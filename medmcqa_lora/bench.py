@@ -174,17 +174,17 @@ def count_flops(parameters: tuple[int, int], # from `passed_parameters`
     "Floating-point operations that a pass needs."
     return (4 if training else 2) * (parameters[0] * tokens + parameters[1] * logits)
 
-# %% ../nbs/05a_bench.ipynb #fd1efda5
+# %% ../nbs/05a_bench.ipynb #ed4afafc
 KINDS = {  # group -> regular expression, the first that is found
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather",
     "optimizer": r"multi_tensor_apply|adam|_foreach|lpnorm|clip_grad",
     "experts GEMM": r"grouped_?(mm|gemm)|groupproblem|grouped",
-    "Mamba scan": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|selective_scan|selective_state|ssd",
+    "Mamba scan": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|selective_scan|selective_state|ssd|_dt_(forward|backward)",
     "convolution": r"causal_conv1d|conv1d|conv2d|convolution|depthwise|conv_",
     "attention": r"flash|fmha|attention|attn|sdpa|mem_eff",
-    "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
+    "norm": r"layer_?norm|rms_?norm|_rms_(forward|backward)|_gated_norm_|_norm_(fwd|bwd)|group_?norm|aten::rsqrt",
     "sort/routing": r"sort|topk|radix|searchsorted|cumsum|devicescan|scan_(innermost|outer)|histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect|bitonic|_route_(forward|backward)",
-    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_combine$",
+    "gather/scatter/index": r"index|gather|scatter|embedding|aten::take|repeat_interleave|^_(combine|spread)$",
     "dense GEMM": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|aten::(mm|bmm|addmm|baddbmm|matmul|linear|dot|mv|_addmm_activation)$|mkl",
     "copies/casts": r"copy|memcpy|memset|catarray|fill|aten::(cat|clone|contiguous|to|zero_|zeros|empty|stack|constant_pad_nd|pad|new_zeros|zeros_like|empty_like|ones)",
     "reductions": r"reduce|softmax|nll|cross_entropy|logsumexp|vector_norm|triton_(red|per)|aten::(sum|mean|max|min|amax|any|all|norm|prod|argmax)$",
@@ -481,7 +481,7 @@ def kernel_rows(results: list[dict]) -> list[dict[str, str]]: # for `markdown`
     def text(variant, kind): return " ".join(f"{x:.3g} ({x / whole[variant]:.0%})" for x in frame[(frame.variant == variant) & (frame.kind == kind)].ms)
     return [{"what kernels do": kind, **{v: text(v, kind) for v in dict.fromkeys(frame.variant)}} for kind in (*KINDS, "other") if kind in set(frame.kind)]
 
-# %% ../nbs/05a_bench.ipynb #b9c78ac1
+# %% ../nbs/05a_bench.ipynb #42213bd3
 def plot_kernels(results: list[dict] # lines of results.jsonl
                 ) -> Figure: # a bar a variant
     "What each variant's time goes to."
@@ -493,7 +493,7 @@ def plot_kernels(results: list[dict] # lines of results.jsonl
         ax.barh(wide.index, wide[kind], left=left, color=colour, label=kind)
         left += wide[kind]
     ax.invert_yaxis()
-    ax.set(xlabel="ms of kernels per 1,000 real tokens, training" if torch.cuda.is_available() else "ms of operators or kernels per 1,000 real tokens, training", ylabel="")
+    ax.set(xlabel="ms of kernels per 1,000 real tokens, training" if all(r.get("hardware", {}).get("gpus") for r in results) else "ms of operators per 1,000 real tokens, training", ylabel="")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     plt.close(fig)
     return fig

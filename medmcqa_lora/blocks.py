@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['Mixture', 'frozen', 'unwatched', 'mixture', 'MixtureFunction', 'Mamba', 'mamba', 'MambaFunction', 'NormedLayers',
-           'attention_block', 'block_forward', 'speed_up']
+           'attention_block', 'block_forward', 'widen', 'speed_up']
 
-# %% ../nbs/02e_blocks.ipynb #d1a451f8
+# %% ../nbs/02e_blocks.ipynb #5e19341c
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .fused import FORWARDS, Layer, combine, fuse, gather, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, product32, relu2, relu2_grad, route, route_grad
+from .fused import FORWARDS, Layer, combine, fuse, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, product32, relu2, relu2_grad, make_room, route, route_grad, to_experts, wide_linear
 from .mamba import Frozen, Sizes, can_scan, frozen_parts, mixer_sizes, scan_backward, scan_forward
 from .experts import can_replace, expert_linear, expert_linear_grad, is_grouped, lora_factors, sort_by_expert, unwrap, use_grouped_experts
 
-# %% ../nbs/02e_blocks.ipynb #6ea43f28
+# %% ../nbs/02e_blocks.ipynb #6a0bfa9b
 class Mixture(NamedTuple):
     "Weights and numbers of a mixture-of-experts block; LoRA's factors travel beside it."
     norm: Tensor  # (D,)
@@ -31,12 +31,15 @@ class Mixture(NamedTuple):
     shared_up: Layer
     shared_down: Layer
 
+# %% ../nbs/02e_blocks.ipynb #8f95bab6
 def frozen(*tensors: Tensor) -> bool: return not any(t.requires_grad for t in tensors)
 
+# %% ../nbs/02e_blocks.ipynb #2b36cfac
 def unwatched(module: nn.Module) -> bool: # whether nobody would miss the calls of its parts
     "Whether no hook waits inside a module."
     return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
+# %% ../nbs/02e_blocks.ipynb #bf5bb3bb
 def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
            ) -> tuple[Mixture, tuple] | None: # the block, LoRA's eight factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."
@@ -51,7 +54,7 @@ def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                 experts.up_proj, experts.down_proj, up._replace(a=None, b=None), down._replace(a=None, b=None))
     return m, (*lora["up_proj"], *lora["down_proj"], up.a, up.b, down.a, down.b)
 
-# %% ../nbs/02e_blocks.ipynb #09d4cbb8
+# %% ../nbs/02e_blocks.ipynb #e8c43fd2
 class MixtureFunction(torch.autograd.Function):
     "h + experts(norm(h)), routed and shared."
     @staticmethod
@@ -65,13 +68,13 @@ class MixtureFunction(torch.autograd.Function):
         index, weights = route(logits, m.bias, m.k, m.scale, m.normalised)
         order, inverse, ends = sort_by_expert(index, len(m.bias))
         w = weights.reshape(-1, 1)[order]
-        wide, t_up = expert_linear(gather(x, order, m.k), m.up, a_up, b_up, ends)
+        wide, t_up = expert_linear(to_experts(x, order, inverse), m.up, a_up, b_up, ends)
         y, t_down = expert_linear(relu2(wide, w), m.down, a_down, b_down, ends)
         shared, st_up = linear_forward(x, m.shared_up.weight, sa_up, sb_up, m.shared_up.scale)
         total, st_down = linear_forward(relu2(shared), m.shared_down.weight, sa_down, sb_down, m.shared_down.scale)
         ctx.save_for_backward(h, rstd, logits, index, w, order, inverse, ends, wide, t_up, t_down, shared, st_up, st_down, *factors)
         ctx.m = m
-        return combine(y, inverse, m.k, h.dtype, total.add_(h))
+        return combine(y, inverse, m.k, h.dtype, total, h)
 
     @staticmethod
     @once_differentiable
@@ -82,8 +85,8 @@ class MixtureFunction(torch.autograd.Function):
         a_up, b_up, a_down, b_down, sa_up, sb_up, sa_down, sb_down = factors
         (x, _), g = norm(h, m.norm, m.eps), g.contiguous()
         def act(): return None if a_down is None else relu2(wide, w)  # made where they are used, freed after it
-        def xs(): return None if a_up is None else gather(x, order, m.k)
-        da, da_down, db_down = expert_linear_grad(gather(g, order, m.k), act(), t_down, m.down, a_down, b_down, ends)
+        def xs(): return None if a_up is None else to_experts(x, order, inverse)
+        da, da_down, db_down = expert_linear_grad(to_experts(g, order, inverse), act(), t_down, m.down, a_down, b_down, ends)
         dwide, dw = relu2_grad(wide, w, da)
         rows, da_up, db_up = expert_linear_grad(dwide, xs(), t_up, m.up, a_up, b_up, ends)
         da = None
@@ -93,7 +96,7 @@ class MixtureFunction(torch.autograd.Function):
         dx = combine(rows, inverse, m.k, h.dtype, dx.addmm_(halves, torch.cat([m.router, m.router]).to(h.dtype)))
         return norm_grad(dx, g, h, m.norm, rstd), None, da_up, db_up, da_down, db_down, dsa_up, dsb_up, dsa_down, dsb_down
 
-# %% ../nbs/02e_blocks.ipynb #6844e112
+# %% ../nbs/02e_blocks.ipynb #0716fec3
 class Mamba(NamedTuple):
     "Weights and sizes of a Mamba block; LoRA's factors travel beside it."
     norm: Tensor  # (D,)
@@ -103,6 +106,7 @@ class Mamba(NamedTuple):
     frozen: Frozen
     sizes: Sizes
 
+# %% ../nbs/02e_blocks.ipynb #887b8b83
 def mamba(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mixer`
          ) -> tuple[Mamba, tuple] | None: # the block, LoRA's two factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."
@@ -111,7 +115,7 @@ def mamba(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mixer`
     if not into or not out or out.a is not None or not can_scan(mixer) or not frozen(w) or len({w.dtype, into.weight.dtype, out.weight.dtype}) > 1: return None
     return Mamba(w, block.norm.variance_epsilon, into._replace(a=None, b=None), out.weight, frozen_parts(mixer), mixer_sizes(mixer)), (into.a, into.b)
 
-# %% ../nbs/02e_blocks.ipynb #abb30fec
+# %% ../nbs/02e_blocks.ipynb #bb499ddb
 class MambaFunction(torch.autograd.Function):
     "h + Mamba(norm(h))."
     @staticmethod
@@ -120,8 +124,9 @@ class MambaFunction(torch.autograd.Function):
                 m: Mamba, first: Tensor, last: Tensor, # (T,) int32, from `ssd_kernels.document_ends`
                 a: Tensor | None, b: Tensor | None # LoRA's factors for in_proj
                ) -> Tensor: # (T, D)
-        x, rstd = norm(h, m.norm, m.eps)
-        projected, t = linear_forward(x, m.in_proj.weight, a, b, m.in_proj.scale)
+        wide = a is not None and m.in_proj.room == len(a)
+        x, rstd = norm(h, m.norm, m.eps, wide * m.in_proj.room)
+        projected, t = (wide_linear if wide else linear_forward)(x, m.in_proj.weight, a, b, m.in_proj.scale)
         ctx.save_for_backward(h, rstd, projected, t, first, last, a, b)
         ctx.m = m
         return (scan_forward(projected, first, m.frozen, m.sizes) @ m.out_proj.T).add_(h)
@@ -182,7 +187,7 @@ def attention_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHAtte
     y, _ = attend(layer, q, k, v, mask, dropout=layer.attention_dropout if layer.training else 0.0, scaling=layer.scaling, **kwargs)
     return h + layer.o_proj(y.reshape(*h.shape[:-1], -1))
 
-# %% ../nbs/02e_blocks.ipynb #b302cfc1
+# %% ../nbs/02e_blocks.ipynb #260eac6d
 def block_forward(self, # a `NemotronHBlock`
                   hidden_states: Tensor, # (B, T, D)
                   past_key_values=None, # for generation
@@ -202,8 +207,17 @@ def block_forward(self, # a `NemotronHBlock`
 
 FORWARDS["NemotronHBlock"] = block_forward
 
+# %% ../nbs/02e_blocks.ipynb #16b53591
+def widen(module: nn.Module # a linear layer, with LoRA or without; its weight may move
+         ) -> None:
+    "Make room for LoRA's factor in a weight on a GPU."
+    layer = lora_layer(module) if next(module.parameters()).is_cuda else None
+    if layer and layer.a is not None and len(layer.a) % 8 == layer.weight.shape[1] % 8 == 0: make_room(module.base_layer, len(layer.a))
+
 def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
             ) -> None:
     "Give a model the project's fast forwards, where they compute what its own do."
     use_grouped_experts(model)
     fuse(model)
+    for block in model.modules():
+        if type(block).__name__ == "NemotronHBlock" and block.block_type == "linear_attention": widen(block.mixer.in_proj)

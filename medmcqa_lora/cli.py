@@ -158,11 +158,11 @@ def export(adapter: Adapter, out: NewFolder, format: Annotated[str, typer.Option
     done = export_adapter(adapter, out, format, base)
     say(f"adapter  {out}: {done['tensors']:,} tensors of rank {done['rank']} at most, for {done['base']}\nhow      {out}/README.md")
 
-# %% ../nbs/06_cli.ipynb #be7c0a12
+# %% ../nbs/06_cli.ipynb #096b5891
 @app.command()
 def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, typer.Option(help="Names, with commas between; none: all.")] = "",
           tokens: Annotated[int, typer.Option(help="Real tokens a training step, about.")] = 16384, steps: Annotated[int, typer.Option(help="Timed steps.")] = 10,
-          warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3, profiled: Annotated[int, typer.Option(help="Steps under the profiler, after them.")] = 1,
+          warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5, profiled: Annotated[int, typer.Option(help="Steps under the profiler, after them.")] = 1,
           layers: Annotated[int | None, typer.Option(help="The model's first so many blocks, with random weights.")] = None,
           lengths: Annotated[str, typer.Option(help="medmcqa: the real questions'; data: the recipe's rows'.")] = "medmcqa",
           peak: Annotated[float, typer.Option(help="TFLOP/s of the GPU.")] = 790.0,

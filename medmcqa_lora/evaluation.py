@@ -61,9 +61,10 @@ def pad_right(rows: list[list[int]], # B × (T,) ids
     lengths = torch.tensor([len(r) for r in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
-# %% ../nbs/04_evaluation.ipynb #29c8929d
+# %% ../nbs/04_evaluation.ipynb #9f80c64a
 PADDED_MULTIPLE = 16  # tokens: what Triton and cuBLAS ask of a size; kernels.ROW_MULTIPLE would be mostly padding here
 
+# %% ../nbs/04_evaluation.ipynb #2f98b2ac
 def prompt_batch(rows: list[list[int]], # B × (T,) ids of prompts
                  pad: int, # id of the padding token
                  packed: bool, # in one row
@@ -373,14 +374,16 @@ def paired_interval(gained: int, lost: int, # questions that changed, for better
     ends = stats.binomtest(gained, changed).proportion_ci(0.95, method="exact")
     return [round((2 * float(p) - 1) * changed / n, 6) for p in ends]
 
-# %% ../nbs/04_evaluation.ipynb #818eadfd
+# %% ../nbs/04_evaluation.ipynb #c780eee2
 SUMMARY_KEYS = dict(n=int, accuracy=float, ci95=list, majority_baseline=float, letter_mass=float, by_subject=dict, data_sha256=str)
 
+# %% ../nbs/04_evaluation.ipynb #c3ca64db
 def whole_prediction(p) -> bool: # whether a line of predictions.jsonl has what a comparison needs
     "Whether an object is one question's result."
     return (isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("id", "subject", "answer", "prediction"))
             and {p["answer"], p["prediction"]} <= set(LETTERS) and isinstance(p.get("correct"), bool))
 
+# %% ../nbs/04_evaluation.ipynb #d606d1ec
 def read_evaluation(folder: Path) -> tuple[list[dict], dict]: # predictions, summary
     "A finished evaluation; raises `ValueError` if it isn't one."
     if not (folder / "summary.json").is_file(): raise ValueError(f"{folder}: no summary.json; give the --out folder of a finished evaluate")

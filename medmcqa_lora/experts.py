@@ -7,14 +7,14 @@ __all__ = ['GROUPED_TYPES', 'sort_by_expert', 'can_group', 'grouped_loop', 'grou
            'GroupedExperts', 'unwrap', 'lora_factors', 'grouped_forward', 'can_replace', 'is_grouped', 'expert_modules',
            'use_grouped_experts', 'undo_grouped_experts', 'grouped_experts']
 
-# %% ../nbs/02a_experts.ipynb #21146b83
+# %% ../nbs/02a_experts.ipynb #40815c78
 from contextlib import contextmanager
 from types import MethodType
 from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .fused import combine, gather, is_relu2, relu2, relu2_grad
+from .fused import combine, is_relu2, relu2, relu2_grad, to_experts
 
 # %% ../nbs/02a_experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
@@ -28,9 +28,10 @@ def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
     ends = torch.searchsorted(slots, torch.arange(experts, device=order.device, dtype=slots.dtype), right=True, out_int32=True)
     return order, inverse, ends
 
-# %% ../nbs/02a_experts.ipynb #3916ee4c
+# %% ../nbs/02a_experts.ipynb #4c6fc8e4
 GROUPED_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # that torch's grouped product takes
 
+# %% ../nbs/02a_experts.ipynb #267b0280
 def can_group(a: Tensor, # left operand: (S, K) or (K, S)
               b: Tensor # right operand: (E, K, N) or (S, N)
              ) -> bool: # False: `grouped_loop` has to do it
@@ -40,6 +41,7 @@ def can_group(a: Tensor, # left operand: (S, K) or (K, S)
     if any(max(t.stride()[-2:]) * t.element_size() % 16 for t in (a, b)): return False
     return a.is_cpu or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 0))
 
+# %% ../nbs/02a_experts.ipynb #ae3e3252
 def grouped_loop(a: Tensor, # (S, K) or (K, S)
                  b: Tensor, # (E, K, N) or (S, N)
                  ends: Tensor # (E,) row where each expert ends
@@ -51,6 +53,7 @@ def grouped_loop(a: Tensor, # (S, K) or (K, S)
         if b.ndim == 3: return torch.cat([a[s:t] @ m for (s, t), m in zip(spans, b)])
         return torch.stack([a[:, s:t] @ b[s:t] for s, t in spans])
 
+# %% ../nbs/02a_experts.ipynb #80dcd3ef
 def grouped(a: Tensor, # (S, K) rows sorted by expert, or (K, S)
             b: Tensor, # (E, K, N) a matrix an expert, or (S, N)
             ends: Tensor # (E,) int32, row where each expert ends
@@ -59,7 +62,7 @@ def grouped(a: Tensor, # (S, K) rows sorted by expert, or (K, S)
     assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype}"
     return F.grouped_mm(a, b, offs=ends) if can_group(a, b) else grouped_loop(a, b, ends)
 
-# %% ../nbs/02a_experts.ipynb #593cfd6c
+# %% ../nbs/02a_experts.ipynb #97fffbdd
 def expert_linear(x: Tensor, # (S, in) sorted by expert
                   weight: Tensor, # (E, out, in), frozen
                   a: Tensor | None, # (E, r, in), or none without LoRA
@@ -72,6 +75,7 @@ def expert_linear(x: Tensor, # (S, in) sorted by expert
     t = grouped(x, a.mT, ends)
     return y.add_(grouped(t, b, ends)), t
 
+# %% ../nbs/02a_experts.ipynb #537db73c
 def expert_linear_grad(g: Tensor, # (S, out) gradient of y
                        x: Tensor | None, # (S, in), needed with LoRA
                        t: Tensor | None, # (S, r) from `expert_linear`
@@ -88,7 +92,7 @@ def expert_linear_grad(g: Tensor, # (S, out) gradient of y
     if wanted: dx.add_(grouped(u, a, ends))
     return dx, grouped(u.mT, x, ends), grouped(t.mT, g, ends)
 
-# %% ../nbs/02a_experts.ipynb #9fe003c0
+# %% ../nbs/02a_experts.ipynb #0b3f9388
 class GroupedExperts(torch.autograd.Function):
     "All routed experts of a block: up, relu², routing weight, down, sum; gradients for the input, the routing weights and LoRA's factors."
     @staticmethod
@@ -107,7 +111,7 @@ class GroupedExperts(torch.autograd.Function):
                ) -> Tensor: # (T, hidden), of x's type
         ctx.k, ctx.dtype = weights.shape[1], x.dtype
         w = weights.reshape(-1, 1)[order]
-        h, t_up = expert_linear(gather(x.to(up.dtype), order, ctx.k), up, a_up, b_up, ends)
+        h, t_up = expert_linear(to_experts(x.to(up.dtype), order, inverse), up, a_up, b_up, ends)
         y, t_down = expert_linear(relu2(h, w), down, a_down, b_down, ends)
         ctx.save_for_backward(None if a_up is None else x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends)
         return combine(y, inverse, ctx.k, x.dtype)
@@ -119,14 +123,14 @@ class GroupedExperts(torch.autograd.Function):
                 ) -> tuple: # a gradient or none for each argument of `forward`
         x, w, up, down, a_up, b_up, a_down, b_down, h, t_up, t_down, order, inverse, ends = ctx.saved_tensors
         def act(): return None if a_down is None else relu2(h, w)  # made where they are used, freed after it
-        def xs(): return None if a_up is None else gather(x.to(up.dtype), order, ctx.k)
-        da, da_down, db_down = expert_linear_grad(gather(g.to(up.dtype), order, ctx.k), act(), t_down, down, a_down, b_down, ends)
+        def xs(): return None if a_up is None else to_experts(x.to(up.dtype), order, inverse)
+        da, da_down, db_down = expert_linear_grad(to_experts(g.to(up.dtype), order, inverse), act(), t_down, down, a_down, b_down, ends)
         dh, dw = relu2_grad(h, w, da)
         dx, da_up, db_up = expert_linear_grad(dh, xs(), t_up, up, a_up, b_up, ends, ctx.needs_input_grad[0])
         dx = None if dx is None else combine(dx, inverse, ctx.k, ctx.dtype)
         return dx, dw[inverse].view(-1, ctx.k), None, None, da_up, db_up, da_down, db_down, None, None, None
 
-# %% ../nbs/02a_experts.ipynb #ad26a3b5
+# %% ../nbs/02a_experts.ipynb #bc1a23ff
 def unwrap(module: nn.Module # fused experts, or PEFT's wrapper around them
           ) -> tuple[list, nn.Module]: # wrappers from the outside in, the module within
     "Take PEFT's parameter wrappers off (nothing is changed)."
@@ -135,6 +139,7 @@ def unwrap(module: nn.Module # fused experts, or PEFT's wrapper around them
     while isinstance(module, ParamWrapper): wrappers.append(module); module = module.base_layer
     return wrappers, module
 
+# %% ../nbs/02a_experts.ipynb #2f20eb16
 def lora_factors(wrapper: nn.Module # a `peft.tuners.lora.layer.ParamWrapper`
                 ) -> tuple[Tensor | None, Tensor | None]: # A (E, r, in) and s·B (E, r, out), in the weight's type; none if off or merged
     "The active adapters' factors, filled up to a rank that is a multiple of 8."
@@ -161,7 +166,7 @@ def grouped_forward(self, # fused experts, or PEFT's outermost wrapper around th
     return GroupedExperts.apply(hidden_states, top_k_weights, experts.up_proj, experts.down_proj, *lora["up_proj"], *lora["down_proj"],
                                 *sort_by_expert(top_k_index, experts.num_experts))
 
-# %% ../nbs/02a_experts.ipynb #f7050914
+# %% ../nbs/02a_experts.ipynb #85a43c8c
 def can_replace(experts: nn.Module # without wrappers
                ) -> bool: # whether `grouped_forward` computes what it computes
     "Whether a module is fused experts of Nemotron-H's form: up, relu², down, weights (out, in), no gate, no bias, not quantised."
@@ -170,10 +175,12 @@ def can_replace(experts: nn.Module # without wrappers
     other = any(getattr(experts, flag, True) for flag in ("has_gate", "has_bias", "is_transposed"))
     return not other and is_relu2(experts.act_fn)
 
+# %% ../nbs/02a_experts.ipynb #abb38ca8
 def is_grouped(module: nn.Module) -> bool: # whether `use_grouped_experts` changed it
     "Whether a module's forward is `grouped_forward`."
     return getattr(vars(module).get("forward"), "__name__", None) == "grouped_forward"
 
+# %% ../nbs/02a_experts.ipynb #221e01a9
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]: # name and outermost module of each block's experts
     "The experts whose forward can be replaced: of a form that is known, and not replaced by somebody else already."
     seen = set()
@@ -183,7 +190,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]: # name 
         seen.add(id(experts))
         if is_grouped(module) or "forward" not in vars(module): yield name, module
 
-# %% ../nbs/02a_experts.ipynb #3c00109e
+# %% ../nbs/02a_experts.ipynb #20dc987d
 def use_grouped_experts(model: nn.Module, # a transformers or PEFT model; changed in place
                         adapted: bool = False # only where the experts carry LoRA
                        ) -> list[str]: # names of the modules that now use `grouped_forward`
@@ -194,12 +201,14 @@ def use_grouped_experts(model: nn.Module, # a transformers or PEFT model; change
         m.forward = MethodType(grouped_forward, m)
     return list(chosen)
 
+# %% ../nbs/02a_experts.ipynb #5db807a4
 def undo_grouped_experts(model: nn.Module # changed in place
                         ) -> None:
     "Give a model's experts their own forward back."
     for m in model.modules():
         if is_grouped(m): del m.forward
 
+# %% ../nbs/02a_experts.ipynb #4ecc9632
 @contextmanager
 def grouped_experts(model: nn.Module, # changed until the block ends
                     adapted: bool = False # only where the experts carry LoRA

@@ -53,16 +53,18 @@ def missing_kernels() -> tuple[str, ...]: # packages; empty: all kernels run
     code = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h")
     return tuple(dict.fromkeys(package for name, package in KERNELS.items() if not is_kernel(getattr(code, name))))
 
-# %% ../nbs/02b_kernels.ipynb #76fceb1f
+# %% ../nbs/02b_kernels.ipynb #33e06fdb
 INSTALL = {"mamba_ssm": "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba_ssm", "causal_conv1d": "pip install --no-build-isolation causal-conv1d",
            "a GPU": "run on a machine with one", "bfloat16": "take a GPU of compute capability 8.0 or newer"}
 
+# %% ../nbs/02b_kernels.ipynb #c63fc44b
 def lacking(recipe: Recipe) -> list[str]: # keys of INSTALL
     "What the recipe's backend needs for fused kernels and doesn't find here."
     found = [m for m in missing_kernels() if recipe.backend == "hf" or m != "causal_conv1d"]  # unsloth has a convolution of its own
     old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
     return [*found, "bfloat16"] if old else found
 
+# %% ../nbs/02b_kernels.ipynb #64382be9
 def check_kernels(model_type: str, # from the model's configuration
                   recipe: Recipe) -> None:
     "Raises `ValueError` where the recipe requires kernels that don't run here, and says how to get them."
@@ -108,9 +110,10 @@ def spread(x: Tensor, # (B, T, D) rows of several examples each
     mask = torch.zeros(shape, dtype=torch.long, device=x.device).index_put((row, column), torch.ones_like(row))
     return x.new_zeros(*shape, x.shape[-1]).index_put((row, column), x.flatten(0, 1)), mask, (row, column)
 
-# %% ../nbs/02b_kernels.ipynb #8bf3bf68
+# %% ../nbs/02b_kernels.ipynb #c38c09cc
 PACKED_CACHE = "packed rows in a pass with a cache: the state behind a row is its last example's alone; pass use_cache=False, or generate from one example a row"
 
+# %% ../nbs/02b_kernels.ipynb #d889a3cb
 def lean_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
                  hidden_states: Tensor, # (B, T, hidden)
                  attention_mask: Tensor | None, # (B, T)
@@ -145,7 +148,7 @@ def isolated_forward(self, # a `NemotronHMamba2Mixer`
     apart, mask, place = spread(hidden_states, seq_idx)
     return original(apart, attention_mask=mask)[place].view_as(hidden_states)
 
-# %% ../nbs/02b_kernels.ipynb #31d91034
+# %% ../nbs/02b_kernels.ipynb #e11465f2
 def can_use_varlen(module: nn.Module, # on its device
                    attention: str = "sdpa" # the recipe's attn_implementation; others are left alone
                   ) -> bool: # False: a mask is built
@@ -155,6 +158,7 @@ def can_use_varlen(module: nn.Module, # on its device
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else p.dtype
     return half in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(p.device) >= (8, 0)
 
+# %% ../nbs/02b_kernels.ipynb #15f79c70
 @functools.cache
 def shares_keys(attend, # torch's variable-length attention
                 device: torch.device, dtype: torch.dtype) -> bool: # False: keys and values have to be repeated
@@ -165,6 +169,7 @@ def shares_keys(attend, # torch's variable-length attention
     except Exception: return False  # which error depends on the version
     return found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-2)
 
+# %% ../nbs/02b_kernels.ipynb #b690169d
 def varlen_attention(module: nn.Module, # transformers' attention layer
                      query: Tensor, # (1, heads, T, head_dim)
                      key: Tensor, # (1, key heads, T, head_dim)
@@ -208,7 +213,7 @@ def find_documents(decoder: nn.Module, # a `NemotronHModel` that `keep_apart` ch
     from medmcqa_lora.ssd_kernels import document_ends
     return document_ends(ids.new_zeros(rows, length, dtype=torch.int32) if seq_idx is None else seq_idx.expand(rows, length))
 
-# %% ../nbs/02b_kernels.ipynb #60d7e465
+# %% ../nbs/02b_kernels.ipynb #65ebf264
 def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something may be added
     "A forward pre-hook: choose the attention function, tell Mamba where examples begin, refuse padding that would change an answer."
     config, mask, positions = decoder.config, kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -227,6 +232,7 @@ def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: 
     documents = None if ids is None else find_documents(decoder, ids, seq_idx, kwargs.get("max_length_q"))
     return args, kwargs | {k: v for k, v in dict(seq_idx=seq_idx, documents=documents).items() if v is not None}
 
+# %% ../nbs/02b_kernels.ipynb #9e39003e
 def keep_apart(model: nn.Module, # a causal language model of transformers, without LoRA; changed in place
                fast: bool = True # variable-length attention and the lean Mamba block where they can run; else always a mask, and transformers' own
               ) -> nn.Module: # the same
@@ -241,20 +247,23 @@ def keep_apart(model: nn.Module, # a causal language model of transformers, with
         if type(m).__name__ == "NemotronHMamba2Mixer": m.forward, m.lean = MethodType(isolated_forward, m), fast
     return model
 
-# %% ../nbs/02b_kernels.ipynb #82ec7289
+# %% ../nbs/02b_kernels.ipynb #0679466b
 def _logits(model: nn.Module, last: int, **batch) -> Tensor:
     device = next(model.parameters()).device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
     return model(**moved, use_cache=False).logits[0].float()[last]
 
+# %% ../nbs/02b_kernels.ipynb #a89c5e55
 def _apart(a: Tensor, b: Tensor) -> float: return float((a - b).norm() / b.norm())
 
+# %% ../nbs/02b_kernels.ipynb #406195b2
 def first_blocks(model: nn.Module # a causal language model
                 ) -> list[nn.Module]: # none where there is no list of layers
     "The first block of each kind, kinds told apart by the classes within."
     layers = next((m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] == "layers" and isinstance(m, nn.ModuleList)), [])
     return list({tuple(type(m).__name__ for m in block.modules()): block for block in reversed(layers)}.values())
 
+# %% ../nbs/02b_kernels.ipynb #7c9e5443
 @torch.no_grad()
 def neighbour_effect(model: nn.Module, # a causal language model
                      rows: list[list[int]] # two examples' token ids

@@ -39,12 +39,13 @@ def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #d2c7bd9e
+# %% ../nbs/05_launch.ipynb #4c7f14d2
 def check_recipe_here(recipe: Recipe, # about to be launched
                       training: bool = True # else only scored
                      ) -> None:
     "Raises `ValueError` if the recipe can't run here; makes built-in models if needed. Asks no hub."
-    from medmcqa_lora import data, model, training as parts
+    import torch
+    from medmcqa_lora import data, model, plan, training as parts
     parts.check_trackers(recipe.report_to)
     model.check_backend(recipe)
     where = Path(model.resolve_model(recipe.model, recipe.weights == "pretrained"))
@@ -54,6 +55,7 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     if shapes and tokenizer: model.check_vocabulary(tokenizer, shapes.config, recipe)
     model.check_kernels(shapes.config.model_type if shapes else "not known yet", recipe)
     if training and shapes: model.lora_config(shapes, recipe)
+    if training and shapes and torch.cuda.is_available(): plan.check_fit(shapes, recipe, torch.cuda.get_device_properties(0).total_memory / 2**30)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
     (data.load_pair if training else data.load_evaluation)(recipe)

@@ -33,9 +33,10 @@ def base_of(adapter: Path # an adapter/ folder
     if recipe.is_file() and read(recipe, "weights") == "random": raise ValueError(f"adapter {adapter}: was trained on random weights, to measure speed, and means nothing on others; name a base with --base if you want it all the same")
     return (read(recipe, "model") if recipe.is_file() else "") or read(adapter / "adapter_config.json", "base_model_name_or_path")
 
-# %% ../nbs/02c_merge.ipynb #953c1ce9
+# %% ../nbs/02c_merge.ipynb #bfa1a36b
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # suffixes of weights that are neither read nor copied
 
+# %% ../nbs/02c_merge.ipynb #ca3ea441
 def base_folder(name: str # folder, hub id or built-in name
                ) -> Path: # with config.json and *.safetensors
     "Where a base model's files are, fetched if need be; raises `ValueError` if they can't be had."
@@ -58,12 +59,13 @@ class Delta:
 
     def tensors(self) -> tuple[str, str]: return f"{self.layer}.lora_A.weight", f"{self.layer}.lora_B.weight" # names in the adapter's file
 
-# %% ../nbs/02c_merge.ipynb #b8d44c2d
+# %% ../nbs/02c_merge.ipynb #35f94df1
 NOT_PLAIN = {"modules_to_save": "it replaces whole modules", "trainable_token_indices": "it changes single embeddings", "use_dora": "DoRA rescales W itself", "lora_bias": "it has biases",
              "layer_replication": "it repeats layers", "use_qalora": "it pools its inputs", "use_bdlora": "its factors are block-diagonal", "alora_invocation_tokens": "it works from some token on",
              "arrow_config": "it routes between adapters", "kasa_config": "it has singular values of its own", "velora_config": "it changes the layer itself", "monteclora_config": "it samples its weights"}
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the others cut LoRA out of the base's weights
 
+# %% ../nbs/02c_merge.ipynb #6b516dff
 def check_plain(adapter: Path, config # its folder and `peft.PeftConfig`
                ) -> None:
     "Raises `ValueError` unless an adapter is plain LoRA: W + s·B·A."
@@ -117,9 +119,10 @@ def factors(file, # an adapter's, from `safe_open`
     experts = delta.experts or 1
     return a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) * delta.scale
 
-# %% ../nbs/02c_merge.ipynb #30dad82b
+# %% ../nbs/02c_merge.ipynb #b45396e1
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors spells them
 
+# %% ../nbs/02c_merge.ipynb #7566d184
 def check_finite(adapter: Path) -> None:
     "Raises `ValueError` if an adapter holds a number that is not finite."
     from safetensors import safe_open

@@ -171,13 +171,14 @@ def check_backend(recipe: Recipe # about to be run
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
 
-# %% ../nbs/02_model.ipynb #2b4c5dbe
+# %% ../nbs/02_model.ipynb #984dc428
 def differences(info: dict # transformers' `loading_info`
                ) -> list[str]: # a clause a tensor; empty: the checkpoint is what the configuration says
     "How a checkpoint's tensors differ from the model's, as transformers found when it loaded them."
     shapes = [f"{name} is {' × '.join(map(str, a))} instead of {' × '.join(map(str, b))}" for name, a, b in info["mismatched_keys"]]
     return sorted(f"{k} is missing" for k in info["missing_keys"]) + sorted(shapes) + sorted(f"{k} has no place in the model" for k in info["unexpected_keys"])
 
+# %% ../nbs/02_model.ipynb #e3080fca
 def refuse_differences(name: str, # of the model, as a recipe names it
                        found: list[str] # from `differences`
                       ) -> None:
@@ -252,11 +253,12 @@ def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
                                                  max_seq_length=recipe.max_length, trust_remote_code=False)
     return model
 
-# %% ../nbs/02_model.ipynb #a3269585
+# %% ../nbs/02_model.ipynb #61be4204
 def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, whose configuration ships
     "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
     return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
+# %% ../nbs/02_model.ipynb #d5ddde4f
 def load_config(name: str # a recipe's model
                ) -> object: # a configuration of transformers
     "A model's configuration: its own, or for the 30B model the shipped one."
@@ -264,7 +266,7 @@ def load_config(name: str # a recipe's model
     if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
     return AutoConfig.from_pretrained(resolve_model(name, weights=False))
 
-# %% ../nbs/02_model.ipynb #d55057f7
+# %% ../nbs/02_model.ipynb #6849db77
 @torch.no_grad()
 def randomise(model: nn.Module, # on its device; changed in place
               seed: int # of the weights
@@ -277,6 +279,7 @@ def randomise(model: nn.Module, # on its device; changed in place
         elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
         elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
 
+# %% ../nbs/02_model.ipynb #8f9bf917
 def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     config = load_config(recipe.model)
@@ -469,7 +472,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #1ccc533b
+# %% ../nbs/02_model.ipynb #70055ca3
 def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
                    ) -> nn.Module: # a PEFT model on the meta device
@@ -485,6 +488,7 @@ def planned_adapter(folder: Path, # an adapter/ folder
     config.base_model_name_or_path = made_for
     return tuned
 
+# %% ../nbs/02_model.ipynb #5cbf90a2
 def check_adapter(folder: Path, # an adapter/ folder
                   model_name: str # the base model, as a recipe names it
                  ) -> nn.Module: # the adapted model's structure, on the meta device

@@ -11,11 +11,11 @@ import torch, torch.nn.functional as F, triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/01c_ssd_kernels.ipynb #24bc86f2
-FORWARD = dict(BM=64, BN=64, num_warps=4, num_stages=2)  # y
-ROWS = dict(BM=64, BN=64, num_warps=8, num_stages=2)  # the gradient of C, and the queries' part of a's
-COLUMNS = dict(BM=64, BN=64, num_warps=4, num_stages=2)  # the gradients of x and dt, and the keys' part of a's
-STATES = dict(BM=64, BN=64, num_warps=8, num_stages=2)  # the gradient of B
+# %% ../nbs/01c_ssd_kernels.ipynb #651bbdc6
+FORWARD = dict(BM=64, BN=32, num_warps=4, num_stages=2)  # y
+ROWS = dict(BM=64, BN=32, num_warps=4, num_stages=2)  # the gradient of C, and the queries' part of a's
+COLUMNS = dict(BM=32, BN=64, num_warps=4, num_stages=1)  # the gradients of x and dt, and the keys' part of a's
+STATES = dict(BM=32, BN=32, num_warps=2, num_stages=2)  # the gradient of B
 
 def launch(setting: dict, # one of the above
            x: Tensor # an input

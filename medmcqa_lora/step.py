@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'ROWS', 'SCALES', 'GRAPHS', 'supervised', 'RowCollator', 'HeadLoss', 'can_use_head_loss', 'use_head_loss',
-           'shape_of', 'Gradients', 'Step', 'use_step']
+           'shape_of', 'Gradients', 'Recording', 'Tally', 'Step', 'use_step']
 
 # %% ../nbs/02f_step.ipynb #d94c9b90
 import gc
@@ -41,9 +41,10 @@ class RowCollator:
         places, targets = supervised(row["labels"])
         return row | dict(places=places, targets=targets, tokens=tokens)
 
-# %% ../nbs/02f_step.ipynb #5201387a
+# %% ../nbs/02f_step.ipynb #7013a46d
 ROWS = 256  # positions whose logits exist at once
 
+# %% ../nbs/02f_step.ipynb #f0a1fd60
 def _head(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Loss, statistics and the gradient of the hidden states, for one chunk."
     logp = (h @ weight.T).float().log_softmax(-1)
@@ -54,6 +55,7 @@ def _head(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     d = p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype)).mul_(real[:, None])
     return nll.sum(), torch.stack([entropy.sum(), right.sum(), real.sum()]), d.to(h.dtype) @ weight
 
+# %% ../nbs/02f_step.ipynb #d32a6ed4
 class HeadLoss(torch.autograd.Function):
     "The sum of cross-entropies behind a frozen output layer."
     @staticmethod
@@ -114,81 +116,97 @@ class Gradients:
         self.buffer.zero_()
         for p, v in self.views: p.grad = v
 
-# %% ../nbs/02f_step.ipynb #ebec17cf
-GRAPHS = 32  # recorded at most at once: a graph of the 30B model takes some memory of its own
+# %% ../nbs/02f_step.ipynb #f9cee36c
+class Recording:
+    "A row's step as a CUDA graph, with its own inputs and loss."
+    def __init__(self, run, # function of a batch and its items: forward and backward, returns the loss
+                 batch: dict, pool): # a row of the shape; memory that recordings share
+        self.inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        gc.collect(); torch.cuda.empty_cache()  # what steps held that were not recorded
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool): self.loss = run(self.inputs)
+        self.graph = graph
 
+    def __call__(self, batch: dict) -> Tensor: # the loss, ()
+        "Run another row of the same shape."
+        for k, v in batch.items():
+            if isinstance(v, Tensor): self.inputs[k].copy_(v, non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
+
+# %% ../nbs/02f_step.ipynb #341eddf1
+class Tally:
+    "Tokens of this process' rows, and what TRL logs beside the loss, kept on the device."
+    def __init__(self): self.tokens, self.sums = 0, None  # sums (3,): of entropies, right answers, positions
+
+    def begin(self, batch: dict) -> None: # from `RowCollator`, on the device
+        "Count a row's tokens."
+        self.tokens += batch["tokens"]
+        if self.sums is None: self.sums = torch.zeros(3, device=batch["input_ids"].device)
+
+    def take(self, accelerator) -> dict[str, float]: # num_tokens since the start; entropy, mean_token_accuracy since the last call
+        "Add up all processes' counts."
+        entropy, right, positions = accelerator.reduce(self.sums.clone()).tolist()
+        tokens = int(accelerator.reduce(torch.tensor(self.tokens, device=self.sums.device)))
+        self.sums.zero_()  # in place: recordings add to it
+        return dict(num_tokens=tokens, entropy=entropy / max(positions, 1), mean_token_accuracy=right / max(positions, 1))
+
+# %% ../nbs/02f_step.ipynb #ede4a909
+GRAPHS = 32  # recordings kept at most
+
+# %% ../nbs/02f_step.ipynb #a41dc357
 class Step:
     "A trainer's `training_step` for packed rows; on one GPU it is recorded."
     def __init__(self, trainer, # a `trl.SFTTrainer` around a model with `use_head_loss`
                  record: bool): # as a CUDA graph
-        self.trainer, self.recorded, self.why = trainer, {}, "" if record else "not asked for"
-        self.tokens, self.statistics, self.warm, self.gradients, self.pool = 0, None, False, None, None
+        self.trainer, self.recorded, self.why, self.tally, self.warm, self.gradients = trainer, {}, "" if record else "not asked for", Tally(), False, None
+        self.pool = torch.cuda.graph_pool_handle() if record else None
 
-    def run(self, model: nn.Module, batch: dict, items: Tensor) -> Tensor: # the loss, ()
+    def run(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
         "Forward and backward of one row."
         t = self.trainer
-        with t.compute_loss_context_manager():
-            out = model(**{k: v for k, v in batch.items() if k not in ("labels", "tokens")}, num_items_in_batch=items)
-        self.statistics.add_(out.logits)
+        with t.compute_loss_context_manager(): out = model(**{k: v for k, v in batch.items() if k not in ("labels", "tokens")})
+        self.tally.sums.add_(out.logits)
         loss = out.loss * (t.accelerator.num_processes if t.args.average_tokens_across_devices else 1)  # gradients are averaged over processes, and items are all processes' own
         t.accelerator.backward(loss)
         return loss.detach()
 
-    def record(self, model: nn.Module, batch: dict, items: Tensor) -> tuple: # graph, its inputs, its loss
-        "Record a row's step without running it."
-        kept, items = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}, items.clone()
-        gc.collect(); torch.cuda.empty_cache()  # what steps held that were not recorded
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=self.pool): loss = self.run(model, kept, items)
-        return graph, kept | dict(items=items), loss
-
-    def replay(self, model: nn.Module, batch: dict, items: Tensor) -> Tensor: # the loss, ()
-        "Run a row by the graph of its shape, which is recorded first if there is none."
+    def replay(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
+        "Run a row by the recording of its shape, which is made if there is none."
         if (shape := shape_of(batch)) not in self.recorded:
             while len(self.recorded) >= GRAPHS: self.recorded.pop(next(iter(self.recorded)))
-            self.recorded[shape] = self.record(model, batch, items)
-        graph, kept, loss = self.recorded[shape]
-        for k, v in (batch | dict(items=items)).items():
-            if isinstance(v, Tensor): kept[k].copy_(v, non_blocking=True)
-        graph.replay()
-        return loss.clone()
+            self.recorded[shape] = Recording(lambda b: self.run(model, b), batch, self.pool)
+        return self.recorded[shape](batch)
 
-    def __call__(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None # wrapped for several processes; from `RowCollator`; supervised positions of all rows of this step
-                ) -> Tensor: # the loss, ()
-        "Forward and backward of one row; counts its tokens."
-        model.train()
-        batch = self.trainer._prepare_inputs(inputs)
-        self.tokens += batch["tokens"]
-        if self.statistics is None: self.statistics = torch.zeros(3, device=batch["input_ids"].device)
-        items = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else (batch["targets"] >= 0).sum(), dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1)
-        if self.why: return self.run(model, batch, items)
+    def record(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
+        "The first row as PyTorch runs it, the others recorded; all as PyTorch runs them where the second can't be."
         self.gradients = self.gradients or Gradients([p for p in model.parameters() if p.requires_grad])
         self.gradients.attach()
-        if not self.warm:
-            self.warm = True
-            return self.run(model, batch, items)
-        try: return self.replay(model, batch, items)
+        try:
+            if self.warm: return self.replay(model, batch)
         except RuntimeError as e:
             if self.recorded or isinstance(e, torch.OutOfMemoryError): raise
             self.why = f"can't be recorded: {' '.join(str(e).split())[:160]}"
             print(f"step: {self.why}", flush=True)
-            return self.run(model, batch, items)
+        self.warm = True
+        return self.run(model, batch)
 
-    def log(self) -> dict[str, float]: # num_tokens, entropy, mean_token_accuracy
-        "What TRL logs, since the last call, of all processes."
-        entropy, right, positions = self.trainer.accelerator.reduce(self.statistics.clone()).tolist()
-        tokens = int(self.trainer.accelerator.reduce(torch.tensor(self.tokens, device=self.statistics.device)))
-        self.statistics.zero_()
-        return dict(num_tokens=tokens, entropy=entropy / max(positions, 1), mean_token_accuracy=right / max(positions, 1))
+    def __call__(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor: # wrapped for several processes; from `RowCollator`; supervised positions of all rows of this step; the loss, ()
+        "Forward and backward of one row; counts its tokens."
+        model.train()
+        batch = self.trainer._prepare_inputs(inputs)
+        self.tally.begin(batch)
+        items = (batch["targets"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        batch = batch | dict(num_items_in_batch=torch.as_tensor(items, dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1))
+        return self.run(model, batch) if self.why else self.record(model, batch)
 
-# %% ../nbs/02f_step.ipynb #5884fcf5
+# %% ../nbs/02f_step.ipynb #082a9269
 def use_step(trainer, # a `trl.SFTTrainer` whose model has `use_head_loss`; changed in place
              record: bool # as a CUDA graph
             ) -> Step: # also at trainer.training_step
     "Train packed rows by `Step`."
     step, log = Step(trainer, record), trainer.log
     def with_step(logs, start_time=None):
-        if "loss" in logs: trainer._metrics["train"] |= {k: [v] for k, v in step.log().items()}
+        if "loss" in logs: trainer._metrics["train"] |= {k: [v] for k, v in step.tally.take(trainer.accelerator).items()}
         return log(logs, start_time)
     trainer.training_step, trainer.log = step, with_step
     return step

@@ -196,10 +196,10 @@ def mute(rows: list[dict]) -> list[dict]:
 def test_rows_without_a_supervised_position(trainer):
     """In an accumulation they add nothing; alone, the loss is 0 and nothing moves (TRL divides by their number, 0)."""
     same(by_step(trainer, [mute(ROWS[0]), ROWS[1], mute(ROWS[2])], 64), eager(ROWS[1]))
-    trainer.training_step.statistics.zero_()
+    trainer.training_step.tally.sums.zero_()
     loss, found = by_step(trainer, [mute(ROWS[0])])
     assert loss == 0 and found and not any(g.any() for g in found.values())
-    assert trainer.training_step.log() | dict(num_tokens=0) == dict(num_tokens=0, entropy=0, mean_token_accuracy=0)
+    assert trainer.training_step.tally.take(trainer.accelerator) | dict(num_tokens=0) == dict(num_tokens=0, entropy=0, mean_token_accuracy=0)
 
 
 def test_a_row_without_a_target_is_never_right():
@@ -216,28 +216,23 @@ def test_positions_are_not_counted_by_a_label_that_nothing_stands_before(trainer
     same(by_step(trainer, [rows]), eager(rows))
 
 
-class Replay:
-    """Stands in for a CUDA graph: what it was recorded with is run again, on the same inputs and for the same loss."""
-
-    def __init__(self, step: Step, model, kept: dict, items: torch.Tensor):
-        self.step, self.model, self.kept, self.items, self.loss = step, model, kept, items, torch.full((), math.nan)
-
-    def replay(self) -> None:
-        self.loss.copy_(self.step.run(self.model, self.kept, self.items))
-
-
 @pytest.fixture
 def replaying(trainer, monkeypatch):
     """The trainer with a step that records and replays, as on a GPU, but for the graph itself; and a list of the shapes recorded."""
     made = []
 
-    def record(self, model, batch, items):
-        made.append(shape_of(batch))
-        kept = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in batch.items()}  # zeros: what is not copied in shows
-        graph = Replay(self, model, kept, torch.zeros_like(items))
-        return graph, kept | dict(items=graph.items), graph.loss
+    class Replay(step_module.Recording):
+        """For a graph: what it was recorded with is run again, on the same inputs and for the same loss."""
 
-    monkeypatch.setattr(Step, "record", record)
+        def __init__(self, run, batch, pool):
+            made.append(shape_of(batch))
+            self.run, self.graph, self.loss = run, self, torch.full((), math.nan, device=DEVICE)
+            self.inputs = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in batch.items()}  # zeros: what is not copied in shows
+
+        def replay(self):
+            self.loss.copy_(self.run(self.inputs))
+
+    monkeypatch.setattr(step_module, "Recording", Replay)
     trainer.training_step.why = ""
     return trainer, made
 
@@ -249,7 +244,7 @@ def test_replayed_steps_are_eager_ones(replaying):
     for rows in steps:
         same(by_step(trainer, rows, 64), eager([e for r in rows for e in r], items=sum(map(supervised_in, rows))))
     assert len(made) == len(set(made)) == 4  # the row that warms up is recorded with the second step
-    assert trainer.training_step.log()["num_tokens"] == sum(len(e["input_ids"]) for rows in steps for r in rows for e in r)
+    assert trainer.training_step.tally.take(trainer.accelerator)["num_tokens"] == sum(len(e["input_ids"]) for rows in steps for r in rows for e in r)
 
 
 def test_a_step_s_loss_outlives_the_next_replay(replaying):
@@ -289,10 +284,10 @@ def test_out_of_memory_is_not_taken_for_a_step_that_cannot_be_recorded(replaying
         return record
 
     by_step(trainer, [ROWS[0]])  # warms up
-    monkeypatch.setattr(Step, "record", fails(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(step_module, "Recording", fails(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         by_step(trainer, [ROWS[0]])
-    monkeypatch.setattr(Step, "record", fails(RuntimeError("operation not permitted when\nstream is capturing")))
+    monkeypatch.setattr(step_module, "Recording", fails(RuntimeError("operation not permitted when\nstream is capturing")))
     same(by_step(trainer, [ROWS[0]]), eager(ROWS[0]))
     assert capsys.readouterr().out == "step: can't be recorded: operation not permitted when stream is capturing\n" and trainer.training_step.why
 
