@@ -153,7 +153,7 @@ class Tally:
 # %% ../nbs/02f_step.ipynb #ede4a909
 GRAPHS = 32  # recordings kept at most
 
-# %% ../nbs/02f_step.ipynb #f630dac9
+# %% ../nbs/02f_step.ipynb #a41dc357
 class Step:
     "A trainer's `training_step` for packed rows; on one GPU it is recorded."
     def __init__(self, trainer, # a `trl.SFTTrainer` around a model with `use_head_loss`
@@ -196,7 +196,7 @@ class Step:
         batch = self.trainer._prepare_inputs(inputs)
         self.tally.begin(batch)
         items = (batch["targets"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        batch = batch | dict(num_items_in_batch=torch.as_tensor(items, dtype=torch.float32, device=batch["input_ids"].device))
+        batch = batch | dict(num_items_in_batch=torch.as_tensor(items, dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1))
         return self.run(model, batch) if self.why else self.record(model, batch)
 
 # %% ../nbs/02f_step.ipynb #082a9269
