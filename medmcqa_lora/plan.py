@@ -281,8 +281,8 @@ def block_temporary(c, # the model's configuration
     number = max(6 if p.half else 4, 3 * square_copy(p) * (block.kind == "mlp"))  # bytes
     return number * max(c.num_attention_heads * head_size(c) * (block.kind != "mlp"), c.intermediate_size * (block.kind != "attention"))
 
-# %% ../nbs/02d_plan.ipynb #ff594b64
-LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE` and `step.ROWS`
+# %% ../nbs/02d_plan.ipynb #f47189fb
+LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE` and `step.LOGITS`
 
 def loss_bytes(c, # the model's configuration
                p: Pass) -> int: # of the largest chunk
