@@ -280,6 +280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medmcqa_lora.fused.product32': ('fused.html#product32', 'medmcqa_lora/fused.py'),
                                     'medmcqa_lora.fused.relu2': ('fused.html#relu2', 'medmcqa_lora/fused.py'),
                                     'medmcqa_lora.fused.relu2_grad': ('fused.html#relu2_grad', 'medmcqa_lora/fused.py'),
+                                    'medmcqa_lora.fused.room_of': ('fused.html#room_of', 'medmcqa_lora/fused.py'),
                                     'medmcqa_lora.fused.route': ('fused.html#route', 'medmcqa_lora/fused.py'),
                                     'medmcqa_lora.fused.route_grad': ('fused.html#route_grad', 'medmcqa_lora/fused.py'),
                                     'medmcqa_lora.fused.router_forward': ('fused.html#router_forward', 'medmcqa_lora/fused.py'),

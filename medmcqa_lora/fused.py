@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORWARDS', 'use_triton', 'relu2', 'relu2_grad', 'to_experts', 'combine', 'norm', 'norm_grad', 'RMSNorm',
-           'norm_forward', 'product32', 'route', 'route_grad', 'Router', 'router_forward', 'Layer', 'lora_layer',
-           'linear_forward', 'linear_grad', 'widened', 'make_room', 'wide_linear', 'LoraFunction', 'lora_forward',
-           'SharedExpert', 'mlp_forward', 'is_relu2', 'fused_forward', 'is_fused', 'fuse', 'undo_fused', 'fused']
+           'norm_forward', 'product32', 'route', 'route_grad', 'Router', 'router_forward', 'Layer', 'room_of',
+           'lora_layer', 'linear_forward', 'linear_grad', 'widened', 'make_room', 'wide_linear', 'LoraFunction',
+           'lora_forward', 'SharedExpert', 'mlp_forward', 'is_relu2', 'fused_forward', 'is_fused', 'fuse', 'undo_fused',
+           'fused']
 
 # %% ../nbs/01b_fused.ipynb #311ee83c
 import importlib.util
@@ -214,7 +215,13 @@ class Layer(NamedTuple):
     scale: float = 1.0
     room: int = 0  # numbers left free behind each row of the weight, by `make_room`
 
-# %% ../nbs/01b_fused.ipynb #ca8859b5
+# %% ../nbs/01b_fused.ipynb #b4f59607
+def room_of(layer: nn.Linear) -> int: # 0: none, or lost with a copy or a conversion of the weight
+    "Numbers left free behind each row of a layer's weight, by `make_room`."
+    room, (out, width), w = getattr(layer, "room", 0), layer.weight.shape, layer.weight
+    return room if w.stride() == (width + room, 1) and w.untyped_storage().nbytes() == out * (width + room) * w.element_size() else 0
+
+# %% ../nbs/01b_fused.ipynb #f2595c2d
 def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
               ) -> Layer | None: # none: its own forward has to run
     "A layer's frozen weight and its one active adapter, if that is all there is to it."
@@ -223,14 +230,14 @@ def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
     if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad: return None
     half = torch.is_autocast_enabled(kind := base.weight.device.type) and torch.get_autocast_dtype(kind)
     if half and base.weight.dtype != half: return None
-    if base is module: return Layer(base.weight, room=getattr(base, "room", 0))
+    if base is module: return Layer(base.weight, room=room_of(base))
     if module.merged: return None
     active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.lora_A]
     if not active: return Layer(base.weight)
     name, rest = active[0], active[1:]
     drops = module.training and not isinstance(module.lora_dropout[name], nn.Identity) and module.lora_dropout[name].p > 0
     if rest or drops or name in module.lora_variant or module.lora_B[name].bias is not None: return None
-    return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], getattr(base, "room", 0))
+    return Layer(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], room_of(base))
 
 # %% ../nbs/01b_fused.ipynb #db4ca523
 def linear_forward(x: Tensor, # (N, in), of the weight's type
@@ -265,13 +272,13 @@ def widened(rows: Tensor, # (N, D) with room behind each row
     "Rows with the room behind them."
     return rows.as_strided((len(rows), rows.shape[1] + r), rows.stride())
 
-# %% ../nbs/01b_fused.ipynb #ad763566
+# %% ../nbs/01b_fused.ipynb #c2717cc4
 @torch.no_grad()
 def make_room(layer: nn.Linear, # whose weight is frozen; moved to memory of its own
               r: int # numbers behind each row
              ) -> None:
     "Leave room behind each row of a weight."
-    if getattr(layer, "room", 0) == r: return
+    if room_of(layer) == r: return
     out, width = layer.weight.shape
     new = layer.weight.new_zeros(out, width + r)[:, :width]
     layer.weight.data, layer.room = new.copy_(layer.weight), r

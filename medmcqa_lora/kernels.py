@@ -167,10 +167,12 @@ def can_use_varlen(module: nn.Module, # on its device
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else p.dtype
     return half in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(p.device) >= (8, 0)
 
-# %% ../nbs/02b_kernels.ipynb #15f79c70
+# %% ../nbs/02b_kernels.ipynb #528c565d
 @functools.cache
 def shares_keys(attend, # torch's variable-length attention
-                device: torch.device, dtype: torch.dtype) -> bool: # False: keys and values have to be repeated
+                device: torch.device, # of the tensors
+                dtype: torch.dtype # of queries, keys and values
+               ) -> bool: # False: keys and values have to be repeated
     "Whether attention takes fewer heads of keys than of queries, asked of it with a small row: not every version says so."
     q = torch.linspace(-1, 1, 4 * 2 * 64, device=device, dtype=dtype).view(4, 2, 64)
     k, ends = q[:, :1], torch.tensor([0, 1, 4], device=device, dtype=torch.int32)
@@ -338,7 +340,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #a38358e0
+# %% ../nbs/02b_kernels.ipynb #adfc304e
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -352,8 +354,10 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         if experts := [m for n, m in model.named_modules() if n.endswith(".experts")]:
             slow = f"; the others as transformers or PEFT computes them ({'fast = off' if recipe.fast == 'off' else recipe.backend if recipe.backend != 'hf' else 'of a form that is not known'})"
             lines.append(f"routed experts: grouped products in {(done := sum(map(is_grouped, experts)))} of {len(experts)} blocks" + slow * (done < len(experts)))
-        fused = sum(map(is_fused, model.modules()))
+        blocks = [m for m in model.modules() if type(m).__name__ == "NemotronHBlock"]
+        whole, fused = sum(map(is_fused, blocks)), sum(map(is_fused, model.modules()))
+        if whole: lines.append(f"blocks: each one function where it is of the known form, {whole} of {len(blocks)}")
         where = "Triton kernels" if use_triton(next(model.parameters())) else "PyTorch's operations: no GPU or no Triton"
-        lines.append("norms, router, shared expert, LoRA layers: " + (f"fused in {fused} modules ({where})" if fused else f"as transformers and PEFT compute them ({'fast = off' if recipe.fast == 'off' else recipe.backend})"))
+        lines.append("norms, router, shared expert, LoRA layers: " + (f"fused in {fused - whole} modules ({where})" if fused else f"as transformers and PEFT compute them ({'fast = off' if recipe.fast == 'off' else recipe.backend})"))
     kind = "variable-length" if sees_borders(model, recipe) else f"{recipe.attn_implementation} with a block-diagonal mask (variable-length attention needs a GPU from 8.0 on, bfloat16, attn_implementation = sdpa, fast not off)"
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])
