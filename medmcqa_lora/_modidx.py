@@ -74,6 +74,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medmcqa_lora.blocks.attention_block': ('blocks.html#attention_block', 'medmcqa_lora/blocks.py'),
                                      'medmcqa_lora.blocks.block_forward': ('blocks.html#block_forward', 'medmcqa_lora/blocks.py'),
                                      'medmcqa_lora.blocks.frozen': ('blocks.html#frozen', 'medmcqa_lora/blocks.py'),
+                                     'medmcqa_lora.blocks.is_ours': ('blocks.html#is_ours', 'medmcqa_lora/blocks.py'),
                                      'medmcqa_lora.blocks.mamba': ('blocks.html#mamba', 'medmcqa_lora/blocks.py'),
                                      'medmcqa_lora.blocks.mixture': ('blocks.html#mixture', 'medmcqa_lora/blocks.py'),
                                      'medmcqa_lora.blocks.speed_up': ('blocks.html#speed_up', 'medmcqa_lora/blocks.py'),

@@ -221,13 +221,13 @@ def room_of(layer: nn.Linear) -> int: # 0: none, or lost with a copy or a conver
     room, (out, width), w = getattr(layer, "room", 0), layer.weight.shape, layer.weight
     return room if w.stride() == (width + room, 1) and w.untyped_storage().nbytes() == out * (width + room) * w.element_size() else 0
 
-# %% ../nbs/01b_fused.ipynb #f2595c2d
+# %% ../nbs/01b_fused.ipynb #844f535f
 def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
               ) -> Layer | None: # none: its own forward has to run
     "A layer's frozen weight and its one active adapter, if that is all there is to it."
     from peft.tuners.lora import Linear as LoraLinear
     base = module.base_layer if isinstance(module, LoraLinear) else module
-    if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad: return None
+    if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad or base.weight.is_meta: return None
     half = torch.is_autocast_enabled(kind := base.weight.device.type) and torch.get_autocast_dtype(kind)
     if half and base.weight.dtype != half: return None
     if base is module: return Layer(base.weight, room=room_of(base))

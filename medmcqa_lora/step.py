@@ -6,8 +6,8 @@
 __all__ = ['POSITIONS', 'LOGITS', 'SCALES', 'GRAPHS', 'supervised', 'RowCollator', 'HeadLoss', 'can_use_head_loss',
            'use_head_loss', 'shape_of', 'Gradients', 'Recording', 'Tally', 'Recorder', 'Step', 'use_step']
 
-# %% ../nbs/02f_step.ipynb #d94c9b90
-import gc
+# %% ../nbs/02f_step.ipynb #07eecaba
+import gc, inspect
 from types import MethodType
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class HeadLoss(torch.autograd.Function):
                 ) -> tuple: # of hidden; none for the others
         return (ctx.saved_tensors[0] * g).to(ctx.dtype), None, None
 
-# %% ../nbs/02f_step.ipynb #23091b33
+# %% ../nbs/02f_step.ipynb #5ab75501
 SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of some models' configurations
 
 def can_use_head_loss(model: nn.Module # a causal language model of transformers, without LoRA
@@ -99,6 +99,7 @@ def use_head_loss(model: nn.Module # as `can_use_head_loss` takes it; changed in
         hidden, = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state  # one row: its positions are numbered
         loss, statistics = HeadLoss.apply(hidden[places], self.get_output_embeddings().weight, targets)
         return CausalLMOutput(loss=loss / (statistics[2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch), logits=statistics)
+    forward.__signature__ = inspect.signature(getattr(before, "__func__", before))  # `generate` asks it which inputs a model takes
     model.forward = MethodType(forward, model)
 
 # %% ../nbs/02f_step.ipynb #b702bf07

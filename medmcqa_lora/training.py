@@ -26,7 +26,7 @@ from .model import save_adapter
 from .kernels import packing_collator, row_multiple
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 
-# %% ../nbs/03_training.ipynb #94cf6955
+# %% ../nbs/03_training.ipynb #296dcd31
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -42,7 +42,7 @@ def training_arguments(recipe: Recipe, # checked
     arguments = SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                           dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
                           bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
-                          accelerator_config={"non_blocking": True},  # else a batch's copy waits for the step before
+                          accelerator_config={"non_blocking": torch.cuda.is_available()},  # else a batch's copy waits for the step before
                           eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
                           greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                           include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
