@@ -215,10 +215,12 @@ class Layer(NamedTuple):
     scale: float = 1.0
     room: int = 0  # numbers left free behind each row of the weight, by `make_room`
 
-# %% ../nbs/01b_fused.ipynb #b4f59607
+# %% ../nbs/01b_fused.ipynb #0167e925
 def room_of(layer: nn.Linear) -> int: # 0: none, or lost with a copy or a conversion of the weight
     "Numbers left free behind each row of a layer's weight, by `make_room`."
-    room, (out, width), w = getattr(layer, "room", 0), layer.weight.shape, layer.weight
+    room, w = getattr(layer, "room", 0), layer.weight
+    if not room or torch.compiler.is_compiling(): return 0
+    out, width = w.shape
     return room if w.stride() == (width + room, 1) and w.untyped_storage().nbytes() == out * (width + room) * w.element_size() else 0
 
 # %% ../nbs/01b_fused.ipynb #844f535f
