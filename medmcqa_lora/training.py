@@ -26,7 +26,7 @@ from .model import save_adapter
 from .kernels import packing_collator, row_multiple
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 
-# %% ../nbs/03_training.ipynb #296dcd31
+# %% ../nbs/03_training.ipynb #85e90a4e
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -47,6 +47,7 @@ def training_arguments(recipe: Recipe, # checked
                           greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                           include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
     if arguments.n_gpu > 1: arguments._n_gpu = 1  # in a notebook on a host with several GPUs transformers would split batches, and packed rows can't be
+    if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
 # %% ../nbs/03_training.ipynb #296fe541

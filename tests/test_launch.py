@@ -1,6 +1,7 @@
 """Runs in processes of their own: papermill under torch's launcher."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def test_two_processes_give_the_losses_of_one(one, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
     assert (two / "rank1.ipynb").exists() and not (one / "rank1.ipynb").exists()
     assert [m["tokens"] for m in read_lines(two / "metrics.jsonl")] == [m["tokens"] for m in read_lines(one / "metrics.jsonl")]
+    before = losses(two)
+    shutil.rmtree(two / "checkpoints/checkpoint-6")
+    launch_train(toy(two, max_steps=6, save_steps=3, per_device_train_batch_size=4), resume=True, nproc=2)
+    assert losses(two) == before  # from the middle, in two processes, too
 
 
 GIVEN = {"max_steps": "2", "logging_steps": "10", "learning_rate": "1e-3", "gradient_checkpointing": "true", "lora_targets": "q_proj,in_proj", "max_rows": "none",
