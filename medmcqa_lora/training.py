@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
            'finish_run']
 
-# %% ../nbs/03_training.ipynb #c0d906a5
+# %% ../nbs/03_training.ipynb #e9eee28f
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +23,10 @@ from .recipe import Recipe, nearest
 from .data import Encoded
 from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
-from .kernels import packing_collator, row_multiple
+from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 
-# %% ../nbs/03_training.ipynb #85e90a4e
+# %% ../nbs/03_training.ipynb #df663772
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -38,6 +38,7 @@ def training_arguments(recipe: Recipe, # checked
     from trl import SFTConfig
     best = recipe.early_stopping_patience is not None
     same = {k: getattr(recipe, k) for k in SAME_NAME}
+    same["per_device_eval_batch_size"] = min(recipe.per_device_eval_batch_size, PADDED_ROWS)  # rows of an evaluation's loss are padded
     if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
     arguments = SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                           dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
