@@ -11,7 +11,7 @@ __all__ = ['MAMBA_PACKAGES', 'HF', 'OURS', 'VARIANTS', 'LENGTHS', 'KINDS', 'CALL
            'bench_training', 'bench_scoring', 'cut_model', 'measure', 'reason', 'worker', 'run_variant', 'busy', 'cell',
            'table_row', 'markdown', 'kernel_frame', 'kernel_rows', 'plot_kernels', 'describe_bench', 'run_bench']
 
-# %% ../nbs/05a_bench.ipynb #0115e98c
+# %% ../nbs/05a_bench.ipynb #0b2b7d8d
 import importlib.util, json, math, os, random, re, statistics, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +29,7 @@ from .files import append_line, check_writable, save_figure, write_json, write_w
 from .kernels import INSTALL, PADDED_ROWS, choose_packing, describe_kernels, missing_kernels, row_multiple
 from .launch import check_recipe_here, end_with_parent
 from .model import attach_lora, group_of, list_matrices, load_config, load_model, load_tokenizer
+from .step import Step
 from .training import git_commit, hardware, make_trainer, versions
 
 # %% ../nbs/05a_bench.ipynb #4edec986
@@ -333,7 +334,7 @@ def memory_by_part(model: nn.Module, trainer, clock: Clock) -> dict: # GiB: weig
     parts = dict(weights=fixed, adapter_gradients_optimizer=adapter + gradients, activations=peak - fixed - adapter - gradients, peak=peak)
     return {k: round(v / 2**30, 5) for k, v in parts.items()}
 
-# %% ../nbs/05a_bench.ipynb #37c8ed36
+# %% ../nbs/05a_bench.ipynb #b39fb66e
 def bench_training(model: nn.Module, tokenizer, rows: list[dict], # with LoRA; examples of all steps
                    recipe: Recipe, load: Load, packed: bool, parameters: tuple[int, int]) -> dict: # from `choose_packing`, `passed_parameters`
     "Time, memory and kernels of training steps."
@@ -345,7 +346,7 @@ def bench_training(model: nn.Module, tokenizer, rows: list[dict], # with LoRA; e
         trainer.add_callback(clock)
         loss = trainer.train().training_loss
         rows, timed = recipe.per_device_train_batch_size, slice(load.warmup, load.warmup + load.steps)
-        real, computed = batch_sizes(lengths, rows, load.total, row_multiple(trainer.args.device) if packed and recipe.fast != "off" else int(packed))
+        real, computed = batch_sizes(lengths, rows, load.total, row_multiple(trainer.args.device) if isinstance(trainer.training_step, Step) else int(packed))
         found = speed(clock.seconds, real[timed], [count_flops(parameters, t, rows, True) for t in real[timed]], load.peak)
         return found | dict(examples=rows, tokens=spread(real[timed]), waste=round(1 - sum(real[timed]) / sum(computed[timed]), 4), loss=loss, memory_gib=memory_by_part(model, trainer, clock),
                             profile=read_profile(clock.profile, load.profiled) | dict(tokens=statistics.mean(real[timed.stop:])), compilations=dict(warmup=clock.compiled[0], timed=clock.compiled[1] - clock.compiled[0]))

@@ -6,13 +6,13 @@
 __all__ = ['Mixture', 'frozen', 'is_ours', 'unwatched', 'mixture', 'MixtureFunction', 'Mamba', 'mamba', 'MambaFunction',
            'NormedLayers', 'attention_block', 'block_forward', 'widen', 'speed_up']
 
-# %% ../nbs/02e_blocks.ipynb #c6006861
+# %% ../nbs/02e_blocks.ipynb #0b97634d
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .fused import FORWARDS, Layer, combine, fuse, is_fused, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, product32, relu2, relu2_grad, make_room, route, route_grad, to_experts, wide_linear
+from .fused import FORWARDS, Layer, combine, fuse, is_fused, is_relu2, linear_forward, linear_grad, lora_layer, norm, norm_grad, relu2, relu2_grad, make_room, route, route_grad, router_logits, to_experts, wide_linear
 from .mamba import Frozen, Sizes, can_scan, frozen_parts, mixer_sizes, scan_backward, scan_forward
 from .experts import can_replace, expert_linear, expert_linear_grad, is_grouped, lora_factors, sort_by_expert, unwrap, use_grouped_experts
 
@@ -46,7 +46,7 @@ def unwatched(module: nn.Module) -> bool: # whether nobody would miss the calls 
     parts = [m for m in module.modules() if m is not module]
     return all(map(is_ours, parts)) and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in parts)
 
-# %% ../nbs/02e_blocks.ipynb #bf5bb3bb
+# %% ../nbs/02e_blocks.ipynb #f4f37f8a
 def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
            ) -> tuple[Mixture, tuple] | None: # the block, LoRA's eight factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."
@@ -58,10 +58,10 @@ def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
     if not frozen(block.norm.weight, gate.weight, experts.up_proj, experts.down_proj) or len({t.dtype for t in (block.norm.weight, experts.up_proj, experts.down_proj, up.weight, down.weight)}) > 1: return None
     lora = {"up_proj": (None, None), "down_proj": (None, None)} | {w.parameter_name: lora_factors(w) for w in wrappers}
     m = Mixture(block.norm.weight, block.norm.variance_epsilon, gate.weight, gate.e_score_correction_bias, gate.top_k, gate.routed_scaling_factor, gate.norm_topk_prob,
-                experts.up_proj, experts.down_proj, up._replace(a=None, b=None), down._replace(a=None, b=None))
+                experts.up_proj, experts.down_proj, up.bare(), down.bare())
     return m, (*lora["up_proj"], *lora["down_proj"], up.a, up.b, down.a, down.b)
 
-# %% ../nbs/02e_blocks.ipynb #e8c43fd2
+# %% ../nbs/02e_blocks.ipynb #73163b1f
 class MixtureFunction(torch.autograd.Function):
     "h + experts(norm(h)), routed and shared."
     @staticmethod
@@ -71,7 +71,7 @@ class MixtureFunction(torch.autograd.Function):
                ) -> Tensor: # (T, D)
         a_up, b_up, a_down, b_down, sa_up, sb_up, sa_down, sb_down = factors
         x, rstd = norm(h, m.norm, m.eps)
-        with torch.autocast(h.device.type, enabled=False): logits = product32(x, m.router.T) if x.dtype == m.router.dtype else product32(x.float(), m.router.float().T)
+        logits = router_logits(x, m.router)
         index, weights = route(logits, m.bias, m.k, m.scale, m.normalised)
         order, inverse, ends = sort_by_expert(index, len(m.bias))
         w = weights.reshape(-1, 1)[order]
@@ -96,7 +96,6 @@ class MixtureFunction(torch.autograd.Function):
         da, da_down, db_down = expert_linear_grad(to_experts(g, order, inverse), act(), t_down, m.down, a_down, b_down, ends)
         dwide, dw = relu2_grad(wide, w, da)
         rows, da_up, db_up = expert_linear_grad(dwide, xs(), t_up, m.up, a_up, b_up, ends)
-        da = None
         ds, dsa_down, dsb_down = linear_grad(g, None if sa_down is None else relu2(shared), st_down, m.shared_down.weight, sa_down, sb_down, m.shared_down.scale)
         dx, dsa_up, dsb_up = linear_grad(relu2_grad(shared, None, ds)[0], x, st_up, m.shared_up.weight, sa_up, sb_up, m.shared_up.scale)
         halves = route_grad(logits, index, dw[inverse].view(-1, m.k), m.scale, m.normalised, h.dtype)
@@ -113,14 +112,14 @@ class Mamba(NamedTuple):
     frozen: Frozen
     sizes: Sizes
 
-# %% ../nbs/02e_blocks.ipynb #887b8b83
+# %% ../nbs/02e_blocks.ipynb #2867ae5c
 def mamba(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mixer`
          ) -> tuple[Mamba, tuple] | None: # the block, LoRA's two factors; none: its own forward has to run
     "What a block consists of, if it is of the known form."
     mixer, w = block.mixer, block.norm.weight
     into, out = lora_layer(mixer.in_proj), lora_layer(mixer.out_proj)
     if not into or not out or out.a is not None or not can_scan(mixer) or not frozen(w) or len({w.dtype, into.weight.dtype, out.weight.dtype}) > 1: return None
-    return Mamba(w, block.norm.variance_epsilon, into._replace(a=None, b=None), out.weight, frozen_parts(mixer), mixer_sizes(mixer)), (into.a, into.b)
+    return Mamba(w, block.norm.variance_epsilon, into.bare(), out.weight, frozen_parts(mixer), mixer_sizes(mixer)), (into.a, into.b)
 
 # %% ../nbs/02e_blocks.ipynb #bb499ddb
 class MambaFunction(torch.autograd.Function):
@@ -177,7 +176,7 @@ class NormedLayers(torch.autograd.Function):
             total, found = dx if total is None else total.add_(dx), found + factors
         return None if total is None else norm_grad(total, None, h, w, rstd), None, None, None, *found
 
-# %% ../nbs/02e_blocks.ipynb #2d400ffc
+# %% ../nbs/02e_blocks.ipynb #8f990390
 def attention_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHAttention`
                     h: Tensor, # (B, T, D)
                     mask: Tensor | None, **kwargs # for the attention function
@@ -187,12 +186,12 @@ def attention_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHAtte
     layers, attend = [lora_layer(p) for p in (layer.q_proj, layer.k_proj, layer.v_proj)], ALL_ATTENTION_FUNCTIONS.get_interface(layer.config._attn_implementation, None)
     if attend is None or not all(layers) or not frozen(w) or any(l.weight.dtype != w.dtype for l in layers): return None
     factors = [f for l in layers for f in (l.a, l.b)]
-    rows = NormedLayers.apply(h.reshape(-1, h.shape[-1]), w, block.norm.variance_epsilon, [l._replace(a=None, b=None) for l in layers], *factors)
+    rows = NormedLayers.apply(h.reshape(-1, h.shape[-1]), w, block.norm.variance_epsilon, [l.bare() for l in layers], *factors)
     q, k, v = (y.view(*h.shape[:-1], -1, layer.head_dim).transpose(1, 2) for y in rows)
     y, _ = attend(layer, q, k, v, mask, dropout=layer.attention_dropout if layer.training else 0.0, scaling=layer.scaling, **kwargs)
     return h + layer.o_proj(y.reshape(*h.shape[:-1], -1))
 
-# %% ../nbs/02e_blocks.ipynb #cb3561b5
+# %% ../nbs/02e_blocks.ipynb #14109403
 def block_forward(self, # a `NemotronHBlock`
                   hidden_states: Tensor, # (B, T, D)
                   past_key_values=None, # for generation
@@ -201,12 +200,12 @@ def block_forward(self, # a `NemotronHBlock`
                   **kwargs # for the mixer
                  ) -> Tensor: # (B, T, D)
     "A block as one function, where it is of the known form."
-    h, done = hidden_states, None
+    h = hidden_states
     if past_key_values is None and h.dtype == self.norm.weight.dtype and unwatched(self):
-        if self.block_type == "moe" and (known := mixture(self)): done = MixtureFunction.apply(h.reshape(-1, h.shape[-1]), known[0], *known[1]).view_as(h)
-        if self.block_type == "linear_attention" and documents is not None and (known := mamba(self)): done = MambaFunction.apply(h.reshape(-1, h.shape[-1]), known[0], *documents, *known[1]).view_as(h)
-        if self.block_type == "full_attention": done = attention_block(self, h, attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs)
-    if done is not None: return done
+        rows, kind = h.reshape(-1, h.shape[-1]), self.block_type
+        if kind == "moe" and (known := mixture(self)): return MixtureFunction.apply(rows, known[0], *known[1]).view_as(h)
+        if kind == "linear_attention" and documents is not None and (known := mamba(self)): return MambaFunction.apply(rows, known[0], *documents, *known[1]).view_as(h)
+        if kind == "full_attention" and (done := attention_block(self, h, attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs)) is not None: return done
     if documents is not None: kwargs["documents"] = documents
     return type(self).forward(self, h, past_key_values=past_key_values, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs)
 

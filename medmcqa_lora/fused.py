@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORWARDS', 'use_triton', 'relu2', 'relu2_grad', 'to_experts', 'combine', 'norm', 'norm_grad', 'RMSNorm',
-           'norm_forward', 'product32', 'route', 'route_grad', 'Router', 'router_forward', 'Layer', 'room_of',
-           'lora_layer', 'linear_forward', 'linear_grad', 'widened', 'make_room', 'wide_linear', 'LoraFunction',
-           'lora_forward', 'SharedExpert', 'mlp_forward', 'is_relu2', 'fused_forward', 'is_fused', 'fuse', 'undo_fused',
-           'fused']
+           'norm_forward', 'product32', 'router_logits', 'route', 'route_grad', 'Router', 'router_forward', 'Layer',
+           'room_of', 'lora_layer', 'linear_forward', 'linear_grad', 'widened', 'make_room', 'wide_linear',
+           'LoraFunction', 'lora_forward', 'SharedExpert', 'mlp_forward', 'is_relu2', 'fused_forward', 'is_fused',
+           'fuse', 'undo_fused', 'fused']
 
 # %% ../nbs/01b_fused.ipynb #311ee83c
 import importlib.util
@@ -48,10 +48,10 @@ def relu2_grad(h: Tensor, # (N, D) pre-activation
     dw = r.square().mul_(g).sum(-1, dtype=w.dtype)
     return g.mul_(r).mul_(2 * w), dw
 
-# %% ../nbs/01b_fused.ipynb #fa7ffbdd
+# %% ../nbs/01b_fused.ipynb #92aefcba
 def to_experts(x: Tensor, # (T, D)
                order: Tensor, inverse: Tensor # (S,) slot of each row, row of each slot; slot j is token j // k's
-          ) -> Tensor: # (S, D)
+              ) -> Tensor: # (S, D)
     "Each token in the rows of its experts."
     if use_triton(x):
         from medmcqa_lora.triton_kernels import spread_rows
@@ -137,6 +137,14 @@ def product32(a: Tensor, # (M, K)
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16): return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype != torch.float64 else a @ b
 
+# %% ../nbs/01b_fused.ipynb #70157efd
+def router_logits(x: Tensor, # (T, D)
+                  w: Tensor # (E, D)
+                 ) -> Tensor: # (T, E) float32, or wider
+    "What the router gives each expert, whatever autocast would make of the product."
+    with torch.autocast(x.device.type, enabled=False):
+        return product32(x, w.T) if x.dtype == w.dtype else product32(x.float(), w.float().T)
+
 # %% ../nbs/01b_fused.ipynb #b210c8d8
 def route(logits: Tensor, # (T, E)
           bias: Tensor, # (E,) added to the scores for the choice alone
@@ -170,7 +178,7 @@ def route_grad(logits: Tensor, # (T, E)
     dense = torch.zeros_like(logits).scatter_(1, index, d * s * (1 - s))
     return torch.cat([high := dense.to(dtype), (dense - high.to(dense.dtype)).to(dtype)], 1)
 
-# %% ../nbs/01b_fused.ipynb #1d1ffa07
+# %% ../nbs/01b_fused.ipynb #965006bb
 class Router(torch.autograd.Function):
     "Logits, choice and weights of a mixture-of-experts block; the router's weight is frozen."
     @staticmethod
@@ -180,8 +188,7 @@ class Router(torch.autograd.Function):
                 bias: Tensor, # (E,)
                 k: int, scale: float, normalised: bool # as `route` takes them
                ) -> tuple[Tensor, Tensor, Tensor]: # logits (T, E), without a gradient; weights (T, k); index (T, k)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = product32(x, w.T) if x.dtype == w.dtype else product32(x.float(), w.float().T)
+        logits = router_logits(x, w)
         index, weights = route(logits, bias, k, scale, normalised)
         ctx.save_for_backward(logits, index, w)
         ctx.rest = scale, normalised, x.dtype
@@ -206,7 +213,7 @@ def router_forward(self, # a `NemotronHTopkRouter`
     x = hidden_states.reshape(-1, self.hidden_dim)
     return Router.apply(x, self.weight, self.e_score_correction_bias, self.top_k, self.routed_scaling_factor, self.norm_topk_prob)
 
-# %% ../nbs/01b_fused.ipynb #d531a3b6
+# %% ../nbs/01b_fused.ipynb #ef87ce01
 class Layer(NamedTuple):
     "A frozen linear layer and what LoRA adds to it."
     weight: Tensor  # (out, in)
@@ -214,6 +221,8 @@ class Layer(NamedTuple):
     b: Tensor | None = None  # (out, r)
     scale: float = 1.0
     room: int = 0  # numbers left free behind each row of the weight, by `make_room`
+
+    def bare(self) -> "Layer": return self._replace(a=None, b=None)  # for functions to which LoRA's factors are arguments of their own
 
 # %% ../nbs/01b_fused.ipynb #0167e925
 def room_of(layer: nn.Linear) -> int: # 0: none, or lost with a copy or a conversion of the weight
@@ -223,7 +232,7 @@ def room_of(layer: nn.Linear) -> int: # 0: none, or lost with a copy or a conver
     out, width = w.shape
     return room if w.stride() == (width + room, 1) and w.untyped_storage().nbytes() == out * (width + room) * w.element_size() else 0
 
-# %% ../nbs/01b_fused.ipynb #844f535f
+# %% ../nbs/01b_fused.ipynb #bd3f3ad4
 def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
               ) -> Layer | None: # none: its own forward has to run
     "A layer's frozen weight and its one active adapter, if that is all there is to it."
@@ -232,7 +241,7 @@ def lora_layer(module: nn.Module # a linear layer, with or without PEFT's LoRA
     if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad or base.weight.is_meta: return None
     half = torch.is_autocast_enabled(kind := base.weight.device.type) and torch.get_autocast_dtype(kind)
     if half and base.weight.dtype != half: return None
-    if base is module: return Layer(base.weight, room=room_of(base))
+    if base is module: return Layer(base.weight)
     if module.merged: return None
     active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.lora_A]
     if not active: return Layer(base.weight)

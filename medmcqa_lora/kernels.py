@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'INSTALL', 'ROW_MULTIPLE', 'PADDED_ROWS', 'PACKED_CACHE', 'find_mamba_kernels', 'is_kernel',
-           'missing_kernels', 'has_own_scan', 'lacking', 'check_kernels', 'packing_collator', 'row_multiple',
-           'fill_row', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'shares_keys',
+           'missing_kernels', 'has_own_scan', 'packages_missing', 'lacking', 'check_kernels', 'packing_collator',
+           'row_multiple', 'fill_row', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'shares_keys',
            'varlen_attention', 'check_padding', 'find_documents', 'before_pass', 'keep_apart', 'first_blocks',
            'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders', 'choose_packing', 'describe_kernels']
 
@@ -57,7 +57,7 @@ def missing_kernels() -> tuple[str, ...]: # packages; empty: all kernels run
 INSTALL = {"mamba_ssm": "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba_ssm", "causal_conv1d": "pip install --no-build-isolation causal-conv1d",
            "a GPU": "run on a machine with one", "bfloat16": "take a GPU of compute capability 8.0 or newer"}
 
-# %% ../nbs/02b_kernels.ipynb #6c07cfdd
+# %% ../nbs/02b_kernels.ipynb #114c9758
 def has_own_scan(recipe: Recipe, model: nn.Module | None = None # none: not loaded yet
                 ) -> bool: # False: mamba_ssm and causal_conv1d are needed
     "Whether the package's own scan computes all of a recipe's examples here."
@@ -65,10 +65,15 @@ def has_own_scan(recipe: Recipe, model: nn.Module | None = None # none: not load
     short = recipe.backend == "hf" and recipe.fast != "off" and recipe.max_length <= LONGEST
     return short and torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and all(map(can_scan, mixers))
 
+# %% ../nbs/02b_kernels.ipynb #d617c78d
+def packages_missing(recipe: Recipe) -> list[str]: # keys of INSTALL
+    "Of the packages that the recipe's backend takes fused kernels from, those whose kernels don't run here."
+    return [m for m in missing_kernels() if recipe.backend == "hf" or m != "causal_conv1d"]  # unsloth has a convolution of its own
+
 def lacking(recipe: Recipe, model: nn.Module | None = None # none: not loaded yet
            ) -> list[str]: # keys of INSTALL
     "What the recipe's backend needs for fused kernels and doesn't find here."
-    found = [] if has_own_scan(recipe, model) else [m for m in missing_kernels() if recipe.backend == "hf" or m != "causal_conv1d"]  # unsloth has a convolution of its own
+    found = [] if has_own_scan(recipe, model) else packages_missing(recipe)
     old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
     return [*found, "bfloat16"] if old else found
 
@@ -225,7 +230,7 @@ def find_documents(decoder: nn.Module, # a `NemotronHModel` that `keep_apart` ch
     from medmcqa_lora.ssd_kernels import document_ends
     return document_ends(ids.new_zeros(rows, length, dtype=torch.int32) if seq_idx is None else seq_idx.expand(rows, length))
 
-# %% ../nbs/02b_kernels.ipynb #65ebf264
+# %% ../nbs/02b_kernels.ipynb #66c0b1bf
 def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: # the arguments, where something may be added
     "A forward pre-hook: choose the attention function, tell Mamba where examples begin, refuse padding that would change an answer."
     config, mask, positions = decoder.config, kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -238,8 +243,9 @@ def before_pass(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple | None: 
     if cached and mask is None and positions is not None and bool(((positions == 0).sum(-1) > 1).any()): raise ValueError(PACKED_CACHE)
     if cached: return
     seq_idx = kwargs.get("seq_idx")
-    if mask is None and seq_idx is None and packed and positions is None: raise ValueError("packed rows without position_ids or seq_idx: the Mamba state would go on from one example to the next; pass both (packing_collator does)")
-    if mask is None and seq_idx is None and positions is not None: seq_idx = (positions == 0).cumsum(-1, dtype=torch.int32)  # as TRL's padding-free collator leaves it
+    if mask is None and seq_idx is None:
+        if packed and positions is None: raise ValueError("packed rows without position_ids or seq_idx: the Mamba state would go on from one example to the next; pass both (packing_collator does)")
+        if positions is not None: seq_idx = (positions == 0).cumsum(-1, dtype=torch.int32)  # as TRL's padding-free collator leaves it
     ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
     documents = None if ids is None else find_documents(decoder, ids, seq_idx, kwargs.get("max_length_q"))
     return args, kwargs | {k: v for k, v in dict(seq_idx=seq_idx, documents=documents).items() if v is not None}
@@ -341,14 +347,14 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #adfc304e
+# %% ../nbs/02b_kernels.ipynb #efa39c27
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
     "Which kernels this run uses, and how to get those that are missing."
     lines = []
     if model.config.model_type == "nemotron_h":
-        missing = [m for m in missing_kernels() if recipe.backend == "hf" or m != "causal_conv1d"]
+        missing = packages_missing(recipe)
         own = use_triton(next(model.parameters())) and any(getattr(m, "lean", False) and can_scan(m) for m in model.modules())
         short = f"this package's kernels for rows of examples of up to {LONGEST:,} tokens; for longer ones " * own
         lines = ["Mamba scan and convolution: " + short + ("PyTorch's own code, slow: no GPU here" if missing == ["a GPU"] else f"PyTorch (slow): {' and '.join(missing)} missing; {'; '.join(INSTALL[m] for m in missing)}" if missing else "fused kernels of mamba_ssm and causal_conv1d")]

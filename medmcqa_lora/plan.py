@@ -7,9 +7,10 @@ __all__ = ['ROWS', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESERVE', 'CODE',
            'micro_batch_tokens', 'memory_parts', 'Pass', 'lora_kept', 'head_size', 'attention_kept', 'square_copy',
            'mlp_kept', 'expert_size', 'routed_kept', 'mamba_sizes', 'own_scan', 'mamba_kept', 'Block', 'apart',
            'norm_kept', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary', 'routed_temporary',
-           'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass', 'plan_pass',
-           'will_pack', 'plan_memory', 'largest_batch', 'check_fit', 'nearest_measurement', 'count_steps', 'plan_time',
-           'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'describe_plan']
+           'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass', 'settle_dtype',
+           'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'check_fit', 'nearest_measurement', 'count_steps',
+           'plan_time', 'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of',
+           'describe_plan']
 
 # %% ../nbs/02d_plan.ipynb #eae74da2
 import bisect, json, math, re, warnings
@@ -323,6 +324,12 @@ def measured_pass(row) -> Pass: # of a row of `measured_rows`
     way = dict(fused=row.way != "plain", grouped=row.way in ("experts", "prototype", "whole"), wide=row.autocast, whole=whole)
     return Pass(1, row.computed, examples=row["rows"], longest=row.length, step=whole, **way) if row.packed else Pass(row["rows"], row.length, **way)
 
+# %% ../nbs/02d_plan.ipynb #3d15df5a
+def settle_dtype(recipe: Recipe, model: nn.Module # may live on the meta device
+                ) -> Recipe: # with a dtype that is not auto
+    "A recipe with the type that its weights are stored in, where it takes them as they are."
+    return replace(recipe, dtype=str(getattr(model.config, "dtype", None) or torch.bfloat16)[6:]) if recipe.dtype == "auto" else recipe
+
 # %% ../nbs/02d_plan.ipynb #06966277
 def plan_pass(c, # the model's configuration
               recipe: Recipe, packed: bool # a micro-batch's examples in one row
@@ -365,12 +372,12 @@ def largest_batch(c, # the model's configuration
         return sum(parts.values()) + sum(activation_peak(c, blocks, p, checkpointing, accumulated=recipe.gradient_accumulation_steps > 1)) / 2**30
     return bisect.bisect(range(1, 1025), gpu_memory / RESERVE, key=needs)
 
-# %% ../nbs/02d_plan.ipynb #5e864b1e
+# %% ../nbs/02d_plan.ipynb #9a21036b
 def check_fit(model: nn.Module, # without LoRA, on the meta device
               recipe: Recipe, gpu_memory: float # GiB of this process' GPU
              ) -> None:
     "Raises `ValueError`, naming what would fit, where a recipe's training needs clearly more memory than the GPU has."
-    blocks = find_blocks(model, recipe)
+    recipe, blocks = settle_dtype(recipe, model), find_blocks(model, recipe)
     parts = memory_parts(sum(p.numel() for p in model.parameters()), sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets)), recipe)
     needed = plan_memory(model.config, blocks, recipe, parts)[recipe.gradient_checkpointing].sum()  # of what is known
     if needed <= (1.02 if recipe.data in ROWS else 1.1) * gpu_memory: return
@@ -480,13 +487,13 @@ def size_of(n: int) -> str: # such as "31.58 B"
     "A number of parameters in words."
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
-# %% ../nbs/02d_plan.ipynb #346f2f67
+# %% ../nbs/02d_plan.ipynb #4af3b82b
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None # GiB of one
                  ) -> str: # text; raises `ValueError` for targets that can't be had
     "What a recipe would train, its memory by part, its tokens and its time."
     from peft import get_peft_model
     model, (rows, tokens) = planned_model(recipe.model), epoch_tokens(recipe)
-    if recipe.dtype == "auto": recipe = replace(recipe, dtype=str(getattr(model.config, "dtype", None) or torch.bfloat16)[6:])  # as stored
+    recipe = settle_dtype(recipe, model)
     total, kinds, blocks, c = sum(p.numel() for p in model.parameters()), kinds_table(model), find_blocks(model, recipe), model.config
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of experts' full names, which PEFT does heed
