@@ -11,7 +11,7 @@ __all__ = ['MAMBA_PACKAGES', 'HF', 'OURS', 'VARIANTS', 'LENGTHS', 'KINDS', 'CALL
            'bench_training', 'bench_scoring', 'cut_model', 'measure', 'reason', 'worker', 'run_variant', 'busy', 'cell',
            'table_row', 'markdown', 'kernel_frame', 'kernel_rows', 'plot_kernels', 'describe_bench', 'run_bench']
 
-# %% ../nbs/05a_bench.ipynb #0b2b7d8d
+# %% ../nbs/05a_bench.ipynb #ee191b80
 import importlib.util, json, math, os, random, re, statistics, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from .recipe import Recipe, check_recipe, nearest, shipped
 from .data import Encoded, encode_questions, load_questions
 from .evaluation import letter_logprobs, prompt_batch, scoring_batches
+from .float8 import weights8
 from .files import append_line, check_writable, save_figure, write_json, write_whole
 from .kernels import INSTALL, PADDED_ROWS, choose_packing, describe_kernels, missing_kernels, row_multiple
 from .launch import check_recipe_here, end_with_parent
@@ -43,7 +44,7 @@ class Variant:
     experts: bool = False  # LoRA on the routed experts, too
     fused: bool = False  # is pointless on a GPU without Mamba kernels
 
-# %% ../nbs/05a_bench.ipynb #08f1db1c
+# %% ../nbs/05a_bench.ipynb #5a5a0c36
 MAMBA_PACKAGES = ("mamba_ssm", "causal_conv1d", "kernels")  # where transformers looks for fused kernels
 HF = dict(backend="hf", fast="off", packing="off", gradient_checkpointing=True)
 OURS = dict(backend="hf", fast="auto", packing="auto", gradient_checkpointing=False)
@@ -52,6 +53,7 @@ VARIANTS = {
     "plain": Variant("transformers and PEFT, no Mamba kernels, 8 padded rows, checkpointing", HF, 8, MAMBA_PACKAGES),
     "kernels": Variant("plain with Mamba kernels", HF, 8, fused=True),
     "ours": Variant("the package's kernels and blocks, packing, recorded steps, no checkpointing", OURS),
+    "ours-fp8": Variant("ours with frozen matrices of 8-bit floats", OURS | dict(quantization="fp8")),
     "ours-experts": Variant("ours with LoRA on routed experts", OURS, experts=True),
     "ours-checkpointing": Variant("ours with checkpointing", OURS | dict(gradient_checkpointing=True)),
     "unsloth": Variant("Unsloth, the same examples padded, its own checkpointing", dict(backend="unsloth", packing="off", gradient_checkpointing=True)),
@@ -322,11 +324,11 @@ def bytes_of(tensors) -> int: # of tensors, each storage once
     "What tensors take."
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-# %% ../nbs/05a_bench.ipynb #7c8ccbac
+# %% ../nbs/05a_bench.ipynb #7ab3c0ca
 def memory_by_part(model: nn.Module, trainer, clock: Clock) -> dict: # GiB: weights, adapter with gradients and optimizer, activations, peak
     "Peak memory of the timed steps and what it consists of; on a CPU, of the profiled ones, by torch's account."
     trainable = [p for p in model.parameters() if p.requires_grad]
-    fixed = bytes_of([*(p for p in model.parameters() if not p.requires_grad), *model.buffers()])
+    fixed = bytes_of([*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *(t for w in weights8(model) for rows in w[:2] for t in rows[:2])])
     state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     adapter = bytes_of(trainable) + bytes_of(state)
     gradients = sum(p.numel() * p.element_size() for p in trainable)

@@ -9,13 +9,14 @@ __all__ = ['KERNELS', 'INSTALL', 'ROW_MULTIPLE', 'PADDED_ROWS', 'PACKED_CACHE', 
            'varlen_attention', 'check_padding', 'find_documents', 'before_pass', 'keep_apart', 'first_blocks',
            'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders', 'choose_packing', 'describe_kernels']
 
-# %% ../nbs/02b_kernels.ipynb #51dec397
+# %% ../nbs/02b_kernels.ipynb #0dd0de71
 import functools, importlib, importlib.util, inspect, os, sys
 from types import MethodType, ModuleType
 import torch
 from torch import Tensor, nn
 from .recipe import Recipe
 from .experts import is_grouped
+from .float8 import multiplies8, weights8
 from .fused import is_fused, use_triton
 from .mamba import LONGEST, can_scan, mamba_forward
 
@@ -347,7 +348,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #efa39c27
+# %% ../nbs/02b_kernels.ipynb #64b96600
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -366,5 +367,8 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         if whole: lines.append(f"blocks: each one function where it is of the known form, {whole} of {len(blocks)}")
         where = "Triton kernels" if use_triton(next(model.parameters())) else "PyTorch's operations: no GPU or no Triton"
         lines.append("norms, router, shared expert, LoRA layers: " + (f"fused in {fused - whole} modules ({where})" if fused else f"as transformers and PEFT compute them ({'fast = off' if recipe.fast == 'off' else recipe.backend})"))
+    if narrow := list(weights8(model)):
+        slow = len(narrow) - sum(map(multiplies8, narrow))
+        lines.append(f"frozen matrices: 8-bit floats in {len(narrow)}, by rows and by columns" + f"; {slow} of them multiplied as {narrow[0].dtype} numbers, slowly: that takes a Hopper GPU and bfloat16" * (slow > 0))
     kind = "variable-length" if sees_borders(model, recipe) else f"{recipe.attn_implementation} with a block-diagonal mask (variable-length attention needs a GPU from 8.0 on, bfloat16, attn_implementation = sdpa, fast not off)"
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])

@@ -10,7 +10,7 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
            'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #85de483d
+# %% ../nbs/02_model.ipynb #0a4aabe0
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
-from .blocks import speed_up
+from .blocks import speed_up, to_float8
 from .experts import is_grouped
+from .float8 import has_float8
 from .fused import is_fused
 from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
@@ -163,10 +164,13 @@ def check_vocabulary(tokenizer, config, # the model's configuration
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"tokenizer {recipe.tokenizer or recipe.model}: has {len(tokenizer):,} tokens, and {recipe.model} embeds {config.vocab_size:,}; take the model's own")
 
-# %% ../nbs/02_model.ipynb #15feee50
+# %% ../nbs/02_model.ipynb #fdfe8220
 def check_backend(recipe: Recipe # about to be run
                  ) -> None:
-    "Raises `ValueError` if the recipe's backend can't run here."
+    "Raises `ValueError` if the recipe's backend, or its 8-bit products, can't run here."
+    if recipe.quantization == "fp8" and torch.cuda.is_available():
+        if not has_float8(device()): raise ValueError("quantization = fp8: needs a GPU of compute capability 9.0 or newer (Hopper) and Triton; use -p quantization none")
+        if recipe.dtype == "float32": raise ValueError("quantization = fp8: the GPU's 8-bit products give bfloat16; use -p dtype bfloat16, or -p quantization none")
     if recipe.backend != "unsloth": return
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
@@ -291,7 +295,7 @@ def _make_random(recipe: Recipe) -> nn.Module:
     model.config._name_or_path = recipe.model
     return model
 
-# %% ../nbs/02_model.ipynb #c2dd55c8
+# %% ../nbs/02_model.ipynb #a1be6e96
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
@@ -303,6 +307,7 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe, model)
+    if recipe.quantization == "fp8": to_float8(model.requires_grad_(False))
     if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
     if recipe.backend == "hf" and recipe.fast != "off": speed_up(model)
     return model.eval()
@@ -400,7 +405,7 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #6bda0f25
+# %% ../nbs/02_model.ipynb #1d1a3a67
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
@@ -409,6 +414,7 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
     if recipe.fast != "off": speed_up(tuned)
+    if recipe.quantization == "fp8": tuned._ddp_params_and_buffers_to_ignore = [n for n, p in tuned.named_parameters() if not p.requires_grad]  # equal in all processes; and where 8 bits took a matrix' place, there is nothing to send
     return tuned
 
 # %% ../nbs/02_model.ipynb #2cf92498
