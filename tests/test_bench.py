@@ -205,7 +205,7 @@ def forward(s) -> tuple:
 
 
 FUNCTIONS = ((training, "can_record"), (training, "can_use_head_loss"), (training, "row_multiple"), (step, "supervised"), (kernels, "LONGEST"), (kernels, "ROW_MULTIPLE"), (kernels, "can_use_varlen"), (fused, "use_triton"))
-CUDA = torch.device("cuda")
+CUDA, CAN_USE_VARLEN = torch.device("cuda"), kernels.can_use_varlen
 GONE = {  # lever -> whether it is, of a prepared model and its base
     "nothing": lambda s: not_gone(s),
     "recording": lambda s: not training.can_record(replace(s.recipe, gradient_checkpointing=False, lora_dropout=0.0), 1),
@@ -218,7 +218,7 @@ GONE = {  # lever -> whether it is, of a prepared model and its base
     "positions": lambda s: int((step.RowCollator()([dict(r) for r in s.rows[:3]])["targets"] >= 0).sum()) == 3 and len(step.supervised(torch.full((1, 257), -100))[0]) == 256,
     "step": lambda s: not training.can_use_head_loss(s.model.get_base_model()),
     "experts": lambda s: not any(map(is_grouped, s.model.modules())),
-    "attention": lambda s: not kernels.can_use_varlen(s.model) and GONE["recording"](s),
+    "attention": lambda s: kernels.can_use_varlen is not CAN_USE_VARLEN and not kernels.can_use_varlen(s.model) and GONE["recording"](s),
 }
 
 
@@ -234,16 +234,14 @@ def test_levers_are_all_tested():
 
 @pytest.mark.parametrize("name", LEVERS)
 def test_lever_is_taken_and_put_back(name, ready, monkeypatch):
-    if name == "recording":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert training.can_record(replace(ready.recipe, lora_dropout=0.0), 1)
-    held, functions = inside(ready), [getattr(*f) for f in FUNCTIONS]
-    monkeypatch.undo()
-    numbers = forward(ready)
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        assert not GONE["recording"](ready)
+    held, functions, numbers = inside(ready), [getattr(*f) for f in FUNCTIONS], forward(ready)
     with pytest.raises(KeyError, match="in the middle"):
         with taken(ready.model, name):
             with monkeypatch.context() as m:
-                if name == "recording":
+                if name in ("recording", "attention"):
                     m.setattr(torch.cuda, "is_available", lambda: True)
                 assert GONE[name](ready)
             if name not in ("triton", "scan", "attention", "filled", "recording"):  # these need a GPU to make a difference
