@@ -2,7 +2,7 @@
 
     python benchmarks/unsloth_repro.py [--layers 13] [--rows 16] [--tokens 256] [--steps 3] [--seconds 240]
 
-Nothing of this package is used. Needs unsloth, transformers, a GPU, and a disk with 2 bytes a parameter in TMPDIR (13 blocks: 16 GiB).
+Nothing of this package is used. Needs unsloth, transformers, a GPU, and a disk with 2 bytes a parameter in TMPDIR (13 blocks: 14 GiB).
 Every stage is a line with its seconds. After `--seconds`, all threads' stacks are printed and the script ends with 1.
 `MAMBA_DETERMINISTIC=1 TRITON_CACHE_AUTOTUNING=0` gives each of mamba_ssm's kernels one configuration; without it Triton compiles
 and tries all of them, some 140, in the first step.
