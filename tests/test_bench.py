@@ -5,6 +5,7 @@ import random
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,17 +22,20 @@ from medmcqa_lora.bench import (
     cut_model,
     examples_a_step,
     make_lengths,
+    measure,
     passed_parameters,
     plot_kernels,
     prepare,
+    random_files,
     run_variant,
+    save_random,
     swapped,
     taken,
 )
 from medmcqa_lora.experts import is_grouped
 from medmcqa_lora.files import read_lines
-from medmcqa_lora.model import list_matrices, planned_model
-from medmcqa_lora.recipe import load_recipe, shipped
+from medmcqa_lora.model import list_matrices, load_model, planned_model
+from medmcqa_lora.recipe import Recipe, load_recipe, shipped
 
 SMALL = ("--tokens", 256, "--steps", 3, "--warmup", 1)
 
@@ -82,6 +86,35 @@ def test_no_variant_runs(cli, tmp_path):
     code, out, err = cli("bench", "--variants", "unsloth", *SMALL, "--out", tmp_path / "out")
     assert code == 1 and err.count("\n") == 1 and "no variant ran: unsloth: " in err
     assert "failed" in read_lines(tmp_path / "out/results.jsonl")[0]
+
+
+def test_unsloth_gets_the_random_weights(tmp_path):
+    """The folder that Unsloth reads holds what the other variants make, in bfloat16 shards, with a tokenizer; the process that writes it ends."""
+    recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), dtype="bfloat16")
+    stored = random_files(recipe, tmp_path)
+    assert (stored.weights, stored.backend, stored.tokenizer) == ("pretrained", "hf", "toy-nemotron-h")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "random").iterdir()}
+    found, made = load_model(stored).state_dict(), load_model(recipe).state_dict()
+    assert found.keys() == made.keys() and all(v.float().equal(made[k].float()) for k, v in found.items())
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(dtype="float32"), "float32 is not what unsloth trains in"),
+    (dict(dtype="bfloat16", lora_r_experts=2), "is not passed on by unsloth"),
+    (dict(dtype="bfloat16"), "backend = unsloth: needs a GPU"),
+])
+def test_unsloth_is_refused_before_weights_are_written(change, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("medmcqa_lora.bench.random_files", lambda *a: pytest.fail("weights were written"))
+    recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), lora_targets=["attention", "mamba_in", "shared_experts", "routed_experts"], **change)
+    with pytest.raises(ValueError, match=expected):
+        measure(recipe, "unsloth", Load(tokens=256), tmp_path)
+
+
+def test_no_room_for_random_weights(tmp_path):
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**30)), pytest.raises(ValueError) as e:
+        save_random(Recipe(model="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16", weights="random", dtype="bfloat16"), tmp_path / "weights")
+    assert str(e.value) == f"random weights in files need 58.8 GiB and the disk of {tmp_path} has 1 GiB free; set TMPDIR to a folder on a larger one"
 
 
 @pytest.mark.parametrize("words, expected", [
