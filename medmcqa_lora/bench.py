@@ -265,7 +265,7 @@ def synchronise() -> None:
     "Wait for the GPU, where there is one."
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
-# %% ../nbs/05a_bench.ipynb #34aaa1ca
+# %% ../nbs/05a_bench.ipynb #b4a3e45b
 TRITON = []  # names of the kernels that Triton has compiled, or loaded for other arguments
 
 def count_compilations() -> None:
@@ -274,11 +274,12 @@ def count_compilations() -> None:
     from triton import knobs
     knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: TRITON.append(kwargs["fn"].name)
 
+# %% ../nbs/05a_bench.ipynb #a03b9d90
 def compilations() -> int: # so far, in this process
     "Graphs that torch.compile has made, and kernels that Triton has."
     return len(TRITON) + (torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo.utils" in sys.modules else 0)
 
-# %% ../nbs/05a_bench.ipynb #34735d46
+# %% ../nbs/05a_bench.ipynb #077e0052
 def mark() -> object: # an event of the GPU, or seconds
     "A point in time, on the GPU's own line of work where there is one."
     if not torch.cuda.is_available(): return time.perf_counter()
@@ -286,6 +287,7 @@ def mark() -> object: # an event of the GPU, or seconds
     event.record()
     return event
 
+# %% ../nbs/05a_bench.ipynb #5950a107
 def between(a, b) -> float: # seconds
     "Time from one mark to another, when both have been reached."
     return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
@@ -405,7 +407,7 @@ def save_random(recipe: Recipe, # with random weights
     load_model(replace(recipe, backend="hf", weights="random", fast="off")).save_pretrained(folder, max_shard_size="4GB")
     load_tokenizer(recipe).save_pretrained(folder)
 
-# %% ../nbs/05a_bench.ipynb #a5ade94b
+# %% ../nbs/05a_bench.ipynb #b2b88c26
 def saver(job_file: str # written by `random_files`
          ) -> None:
     "Write a job's random weights in this process; ends it with one line if that can't be."
@@ -414,6 +416,7 @@ def saver(job_file: str # written by `random_files`
     try: save_random(Recipe(**job["recipe"]), Path(job["folder"]))
     except ValueError as e: sys.exit(reason(e))
 
+# %% ../nbs/05a_bench.ipynb #3acc6dd8
 def random_files(recipe: Recipe, # whose weights are random
                  folder: Path # gets a folder with them
                 ) -> Recipe: # that reads them, with the tokenizer that it had
@@ -425,13 +428,14 @@ def random_files(recipe: Recipe, # whose weights are random
     if done.returncode: raise ValueError((done.stderr.strip().splitlines() or [f"the process that writes weights ended with {done.returncode}"])[-1])
     return replace(recipe, model=str(weights), weights="pretrained", tokenizer=recipe.tokenizer or recipe.model)
 
-# %% ../nbs/05a_bench.ipynb #6c807daf
+# %% ../nbs/05a_bench.ipynb #bf6369ec
 def blocks_needed(recipe: Recipe) -> dict[str, int]: # target of LoRA -> blocks, from the first, until one has it
     "How much of a model LoRA's targets need; raises `ValueError` for a target that the whole of it hasn't got."
     matrices = list_matrices(planned_model(recipe.model))
     def block(name): return int(re.search(r"\.layers\.(\d+)\.", name)[1]) + 1
     return {t: min(block(m.name) for m in select(matrices, [t])) for t in recipe.lora_targets}
 
+# %% ../nbs/05a_bench.ipynb #a43330cf
 def check_layers(recipe: Recipe, layers: int # blocks
                 ) -> None:
     "Raises `ValueError` where LoRA would find nothing in so few blocks."
@@ -488,7 +492,7 @@ def measure(recipe: Recipe, name: str, # of VARIANTS
     training = bench_training(s.model, s.tokenizer, s.rows, s.recipe, load, s.packed, s.parameters)
     return s.known | dict(training=training, scoring=bench_scoring(s.model, s.rows, s.tokenizer.pad_token_id, s.recipe, load, s.parameters))
 
-# %% ../nbs/05a_bench.ipynb #bcb99c60
+# %% ../nbs/05a_bench.ipynb #070fc45b
 @contextmanager
 def swapped(module, name: str, value): # a module of the package or another object; of its attribute; until the block ends
     "Another value in a function's or a number's place."
@@ -497,6 +501,7 @@ def swapped(module, name: str, value): # a module of the package or another obje
     try: yield
     finally: setattr(module, name, was)
 
+# %% ../nbs/05a_bench.ipynb #9987554c
 @contextmanager
 def kept(model: nn.Module):
     "Whatever a block puts into a model's modules, or takes from them, they hold afterwards what they held before."
@@ -505,7 +510,7 @@ def kept(model: nn.Module):
     finally:
         for d, held in before: d.clear(); d.update(held)
 
-# %% ../nbs/05a_bench.ipynb #f31fe9de
+# %% ../nbs/05a_bench.ipynb #ac38db57
 @contextmanager
 def undone(model: nn.Module, undo): # a function that takes forwards of ours from a model
     "A model without some of our forwards."
@@ -513,6 +518,7 @@ def undone(model: nn.Module, undo): # a function that takes forwards of ours fro
         undo(model)
         yield
 
+# %% ../nbs/05a_bench.ipynb #5e45e6eb
 def undo_blocks(model: nn.Module # changed in place
                ) -> None:
     "Give whole blocks their own forward back; their parts stay fused."
@@ -580,7 +586,7 @@ LEVERS = {
     "attention": Lever("attention with a mask over the whole row", no_varlen, lambda model: swapped(kernel_parts, "can_use_varlen", lambda *args: False), ("recording",)),
 }
 
-# %% ../nbs/05a_bench.ipynb #63ef9f1a
+# %% ../nbs/05a_bench.ipynb #f7b36fe3
 def check_levers(names: list[str] # as the command has them; none: all
                 ) -> list[str]: # names of LEVERS, each once
     "Raises `ValueError` for a lever that doesn't exist."
@@ -588,6 +594,7 @@ def check_levers(names: list[str] # as the command has them; none: all
         if n not in LEVERS: raise ValueError(f"--levers {n}: there is no such lever{nearest(n, LEVERS)} (there are {', '.join(LEVERS)})")
     return [n for n in dict.fromkeys(names or LEVERS) if n != "nothing"]  # that one is measured in any case
 
+# %% ../nbs/05a_bench.ipynb #fee0fcd6
 @contextmanager
 def taken(model: nn.Module, name: str): # of LEVERS
     "A model without a lever, and without those that it takes along."
@@ -613,7 +620,7 @@ def reason(e: BaseException) -> str: # one line
     if isinstance(e, torch.OutOfMemoryError): return f"out of memory: {text.split('. ')[0]}"
     return (text if isinstance(e, ValueError) else f"{type(e).__name__}: {text}")[:400]
 
-# %% ../nbs/05a_bench.ipynb #fb321774
+# %% ../nbs/05a_bench.ipynb #c61fd8ef
 def measure_without(s: Prepared, name: str, # of LEVERS
                     load: Load, start: list[tuple[nn.Parameter, Tensor]] # as `give_back` takes it
                    ) -> dict: # training, from `bench_training`; or failed, or absent, with a reason
@@ -628,6 +635,7 @@ def measure_without(s: Prepared, name: str, # of LEVERS
     give_back(start)
     return found
 
+# %% ../nbs/05a_bench.ipynb #fe1fb87a
 def ablate(s: Prepared, load: Load, names: list[str], # from `check_levers`
            lines: Path # gets a line each as soon as there is one
           ) -> dict: # empty
@@ -760,11 +768,12 @@ def describe_bench(results: list[dict]) -> str: # Markdown
     if ran: parts += ["Milliseconds per 1,000 real tokens of training, by what kernels do:", markdown(kernel_rows(ran))]
     return "\n\n".join(parts)
 
-# %% ../nbs/05a_bench.ipynb #68da5973
+# %% ../nbs/05a_bench.ipynb #4c898a6d
 def full_speed(results: list[dict], variant: str) -> float: # from `ablate`; tokens/s, nan where it didn't run
     "What a variant reaches with all its levers, first and last."
     return statistics.mean([r["training"]["tokens_per_s"]["median"] for r in results if r["variant"] == variant and r["ablation"] == "nothing" and "training" in r] or [math.nan])
 
+# %% ../nbs/05a_bench.ipynb #dcd37120
 def ablation_row(found: dict, full: float # tokens/s of `full_speed`
                 ) -> dict[str, str]: # column -> text
     "A lever's line of the table."
@@ -775,6 +784,7 @@ def ablation_row(found: dict, full: float # tokens/s of `full_speed`
     return head | {"tokens/s": cell(t["tokens_per_s"], ",.0f"), "to all levers": "" if math.isnan(full) else f"{t['tokens_per_s']['median'] / full - 1:+.1%}", "ms a step": f"{1e3 * seconds['median']:,.0f}", "peak GiB": f"{t['memory_gib']['peak']:.4g}",
                    "shapes recorded": str(t["recorded"]) if calls else "", "launches a step": f"{calls['launches']:,.0f}" if calls else "", "loss": f"{t['loss']:.4f}"}
 
+# %% ../nbs/05a_bench.ipynb #f4b424da
 def describe_ablation(results: list[dict]) -> str: # lines of results.jsonl; Markdown
     "The table of an ablation."
     return f"{bench_head(results)}\n\n{markdown([ablation_row(r, full_speed(results, r['variant'])) for r in results])}"
@@ -795,7 +805,7 @@ def plot_ablation(results: list[dict] # lines of results.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/05a_bench.ipynb #17074911
+# %% ../nbs/05a_bench.ipynb #8b080b86
 def check_bench(recipe: Recipe, load: Load, # for all variants
                 out: Path # a folder, or a name for one
                ) -> None:
@@ -808,6 +818,7 @@ def check_bench(recipe: Recipe, load: Load, # for all variants
         if load.layers: check_layers(recipe, load.layers)
         check_recipe_here(replace(cut, backend="hf", fast="auto"))
 
+# %% ../nbs/05a_bench.ipynb #870a3f53
 def common_facts(recipe: Recipe, load: Load, commit: str # where there is no git checkout
                 ) -> dict: # model, seed, load, commit, date
     "What all lines of a benchmark say."
@@ -835,7 +846,7 @@ def run_bench(recipe: Recipe, names: list[str], load: Load, # of VARIANTS
     save_figure(plot_kernels(ran), out / "kernels.png")
     return results
 
-# %% ../nbs/05a_bench.ipynb #c3ed2d81
+# %% ../nbs/05a_bench.ipynb #4fafbe73
 def check_ablation(names: list[str] # of variants, as the command has them; none: ours alone
                   ) -> list[str]: # names of VARIANTS
     "Raises `ValueError` for a variant that doesn't exist, or has no levers."
@@ -843,6 +854,7 @@ def check_ablation(names: list[str] # of variants, as the command has them; none
         if VARIANTS[n].changes.get("fast") != "auto": raise ValueError(f"--ablation: {n} has none of the levers; take {', '.join(v for v in VARIANTS if VARIANTS[v].changes.get('fast') == 'auto')}")
     return names
 
+# %% ../nbs/05a_bench.ipynb #15c0f04c
 def say_lever(row: dict[str, str]) -> str: # from `ablation_row`; a line
     "A lever's result while the next one is measured."
     if "ms a step" not in row: return f"  without {row['without']}: {row['tokens/s']}"

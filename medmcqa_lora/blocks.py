@@ -69,19 +69,21 @@ def mixture(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                 *routed, up.bare(), down.bare())
     return m, (*lora["up_proj"], *lora["down_proj"], up.a, up.b, down.a, down.b)
 
-# %% ../nbs/02e_blocks.ipynb #76e16679
+# %% ../nbs/02e_blocks.ipynb #2e9d1f32
 def spread(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `to_experts` takes them
            keep: bool # of 8-bit rows, the rows themselves, too
           ) -> Tensor | Rows8: # (S, D)
     "Each token in the rows of its experts, as wide as it comes."
     return to_experts_narrow(x, order, inverse, keep) if isinstance(x, Rows8) else to_experts(x, order, inverse)
 
+# %% ../nbs/02e_blocks.ipynb #9572047d
 def activate(h: Tensor, w: Tensor | None, # as `relu2` takes them
              narrow: bool, keep: bool # in 8 bits; the rows themselves, too
             ) -> Tensor | Rows8: # (N, D)
     "w · relu(h)²."
     return relu2_narrow(h, w, keep) if narrow else relu2(h, w)
 
+# %% ../nbs/02e_blocks.ipynb #364077b7
 def activate_grad(h: Tensor, w: Tensor | None, g: Tensor, # as `relu2_grad` takes them
                   narrow: bool, keep: bool # as `activate` takes them
                  ) -> tuple[Tensor | Rows8, Tensor | None]: # of h (N, D), of w (N,)
@@ -240,13 +242,14 @@ def block_forward(self, # a `NemotronHBlock`
 
 FORWARDS["NemotronHBlock"] = block_forward
 
-# %% ../nbs/02e_blocks.ipynb #f2e614ea
+# %% ../nbs/02e_blocks.ipynb #dd7b896a
 def widen(module: nn.Module # a linear layer, with LoRA or without; its weight may move
          ) -> None:
     "Make room for LoRA's factor in a weight on a GPU."
     layer = lora_layer(module) if next(module.parameters()).is_cuda else None
     if layer and layer.a is not None and isinstance(layer.weight, Tensor) and len(layer.a) % 8 == layer.weight.shape[1] % 8 == 0: make_room(module.base_layer, len(layer.a))
 
+# %% ../nbs/02e_blocks.ipynb #b5219768
 def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
             ) -> None:
     "Give a model the project's fast forwards, where they compute what its own do."
@@ -255,7 +258,7 @@ def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
     for block in model.modules():
         if type(block).__name__ == "NemotronHBlock" and block.block_type == "linear_attention": widen(block.mixer.in_proj)
 
-# %% ../nbs/02e_blocks.ipynb #9e552546
+# %% ../nbs/02e_blocks.ipynb #b452d2b8
 def wide_weights(model: nn.Module # a transformers or PEFT model
                 ) -> list[tuple[nn.Module, str]]: # modules, and their parameters' names
     "Matrices that can become 8 bits wide."
@@ -263,11 +266,13 @@ def wide_weights(model: nn.Module # a transformers or PEFT model
     found = [(m, "weight") for m in inside if type(m) is nn.Linear] + [(m, n) for m in inside if can_replace(m) for n in ("up_proj", "down_proj")]
     return [(m, n) for m, n in found if frozen(getattr(m, n)) and isinstance(weight_of(m, n), Tensor) and not any(s % 16 for s in getattr(m, n).shape[-2:])]
 
+# %% ../nbs/02e_blocks.ipynb #c197eb6f
 def to_float8(model: nn.Module # whose weights are frozen; changed in place
              ) -> None:
     "Make a model's frozen matrices 8 bits wide, and give their memory back one by one."
     for module, name in wide_weights(model): narrow_weight(module, name)
 
+# %% ../nbs/02e_blocks.ipynb #2977f1cd
 @contextmanager
 def in_float8(model: nn.Module): # as `to_float8` takes it
     "Frozen matrices 8 bits wide inside a `with` block."

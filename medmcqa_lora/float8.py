@@ -117,7 +117,7 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor | Weight8: # th
     "A module's matrix, or its 8-bit form."
     return getattr(module, f"{name}8", None) or getattr(module, name)
 
-# %% ../nbs/01ab_float8.ipynb #64325de8
+# %% ../nbs/01ab_float8.ipynb #466a7439
 @torch.no_grad()
 def narrow_weight(module: nn.Module, # a linear layer, or fused experts
                   name: str = "weight" # of a frozen matrix
@@ -131,6 +131,7 @@ def narrow_weight(module: nn.Module, # a linear layer, or fused experts
     if type(module) is nn.Linear: module.__class__ = Float8Linear
     return before
 
+# %% ../nbs/01ab_float8.ipynb #99aef7ca
 def restore_weight(module: nn.Module, name: str, before: Tensor # as given to `narrow_weight`, and its result
                   ) -> None:
     "Undo `narrow_weight`."

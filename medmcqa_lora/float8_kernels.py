@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 from .triton_kernels import PTX, _groups, _sigmoid
 
-# %% ../nbs/01aa_float8_kernels.ipynb #32772bac
+# %% ../nbs/01aa_float8_kernels.ipynb #ae37bab5
 E4M3 = torch.float8_e4m3fn
 TOP, TINY = tl.constexpr(448.0), tl.constexpr(1e-30)  # the largest number of the type; what a row's largest counts as at least
 
@@ -23,22 +23,25 @@ def _rounded(v):  # to four bits of mantissa, or to a multiple of the smallest n
     high = v * 1048577.0
     return tl.where(tl.abs(v) < 0.015625, (v + 24576.0) - 24576.0, high - (high - v))
 
+# %% ../nbs/01aa_float8_kernels.ipynb #1ec4e99f
 @triton.jit
 def _narrow(v, m, y, at, scale, row):  # v: float32, of one row; zero outside of m
     s = tl.maximum(tl.max(tl.abs(v)), TINY) / TOP
     tl.store(scale + row, s)
     tl.store(y + at, _rounded(v * (1 / s)).to(y.dtype.element_ty), mask=m)
 
-# %% ../nbs/01aa_float8_kernels.ipynb #f71110fb
+# %% ../nbs/01aa_float8_kernels.ipynb #671f6bad
 @triton.jit
 def _quantise(x, y, scale, sx, D: tl.constexpr, BLOCK: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     m = c < D
     _narrow(tl.load(x + row * sx + c, mask=m, other=0.0).to(tl.float32), m, y, row * D + c, scale, row)
 
+# %% ../nbs/01aa_float8_kernels.ipynb #8185f83d
 def _room8(x: Tensor) -> tuple[Tensor, Tensor]: # memory for the rows of x in eight bits, and their scales
     return torch.empty(x.shape, dtype=E4M3, device=x.device), x.new_empty(len(x), dtype=torch.float32)
 
+# %% ../nbs/01aa_float8_kernels.ipynb #b0c8d3f2
 def _row_of(D: int) -> dict: # a program that takes a row of D numbers
     return dict(D=D, BLOCK=triton.next_power_of_2(D), num_warps=min(16, max(1, triton.next_power_of_2(D) // 512)))
 
