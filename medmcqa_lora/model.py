@@ -11,11 +11,11 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table',
            'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #07f0b95f
+# %% ../nbs/02_model.ipynb #d47aeb55
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from matplotlib.figure import Figure

@@ -547,16 +547,15 @@ def size_in_words(n: float # bytes
     "Bytes in words."
     return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
 
-# %% ../nbs/02d_plan.ipynb #bf6fee8b
+# %% ../nbs/02d_plan.ipynb #08e3bc52
 PARALLEL = {"ddp": "ddp: a copy each", "fsdp": "fsdp: a share each"}
 
 def show_ways(model: nn.Module, # without LoRA, on the meta device
-              blocks: list[Block] | None, # from `find_blocks`
-              trainable: int, # of the adapter
               recipe: Recipe, gpus: int, gpu_memory: float | None = None # GiB of one
              ) -> str: # aligned text
     "What each way of spreading a model over GPUs needs and costs."
-    total, kinds, epoch = sum(p.numel() for p in model.parameters()), kinds_table(model).set_index("block"), epoch_tokens(recipe)[1]
+    total, kinds, epoch, blocks = sum(p.numel() for p in model.parameters()), kinds_table(model).set_index("block"), epoch_tokens(recipe)[1], find_blocks(model, recipe)
+    trainable = sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets))
     outside, ways = int(kinds.parameters.get("outside", 0)), {p: replace(recipe, parallel=p) for p in PARALLEL}
     needs = {p: plan_memory(model.config, blocks, r, memory_parts(total, trainable, r, gpus, largest_block(model)))[r.gradient_checkpointing] for p, r in ways.items()}
     sent = {p: link_bytes(total, outside, trainable, r, gpus) for p, r in ways.items()}
@@ -570,7 +569,7 @@ def show_ways(model: nn.Module, # without LoRA, on the meta device
         if epoch: lines.append(line("minutes an epoch", [in_words(epoch / s[1] / 60, epoch / s[0] / 60, ".1f") for s in both]))
     return "\n".join(lines)
 
-# %% ../nbs/02d_plan.ipynb #7230e1e2
+# %% ../nbs/02d_plan.ipynb #4c05b750
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None # GiB of one
                  ) -> str: # text; raises `ValueError` for targets that can't be had
     "What a recipe would train, its memory by part, its tokens and its time."
@@ -578,12 +577,13 @@ def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None
     model, (rows, tokens) = planned_model(recipe.model), epoch_tokens(recipe)
     recipe = settle_dtype(recipe, model)
     total, kinds, blocks, c = sum(p.numel() for p in model.parameters()), kinds_table(model), find_blocks(model, recipe), model.config
+    largest, ways = largest_block(model), ["", show_ways(model, recipe, gpus, gpu_memory)] if gpus > 1 else []  # before the adapter is attached
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # of experts' full names, which PEFT does heed
         with torch.device("meta"): report = lora_report(get_peft_model(model, lora_config(model, recipe)))
-    parts = memory_parts(total, trainable := int(report.trainable.sum()), recipe, gpus, largest_block(model))
+    parts = memory_parts(total, trainable := int(report.trainable.sum()), recipe, gpus, largest)
     memory, kept = plan_memory(c, blocks, recipe, parts), "shares" if recipe.parallel == "fsdp" else "whole copies"
     fits = fit_lines(c, blocks, recipe, parts, memory, gpu_memory) if gpu_memory else {}
     return "\n".join([f"{recipe.model}: {size_of(total)} parameters{f', {gpus} {kept}' * (gpus > 1)}{', configuration shipped with the package' * is_nano(recipe.model)}", show_table(kinds), "",
                       f"LoRA trains {trainable:,} ({trainable / total:.3%}), r = {recipe.lora_r}{f', {recipe.lora_r_experts} in routed experts' if recipe.lora_r_experts else ''}", show_table(report), "", plan_data(recipe, rows, tokens, gpus), "",
-                      show_memory(memory, recipe, fits), "", plan_time(total, recipe, rows, gpus), *["", show_ways(model, blocks, trainable, recipe, gpus, gpu_memory)] * (gpus > 1)])
+                      show_memory(memory, recipe, fits), "", plan_time(total, recipe, rows, gpus), *ways])
