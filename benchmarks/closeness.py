@@ -4,7 +4,7 @@
     python benchmarks/closeness.py --blocks MEM*E    # blocks of full size instead (a GPU)
 
 The same weights three times: in float32 by transformers' PyTorch code (the reference), in bfloat16 by transformers and
-PEFT, and in bfloat16 by this package, on a packed row of examples of one token, of a chunk and its neighbours and of more
+PEFT, and in bfloat16 by this package, with its frozen matrices in bfloat16 and as 8-bit floats, on a packed row of examples of one token, of a chunk and its neighbours and of more
 than two chunks. On one GPU, the package's step is replayed from a CUDA graph, too. The cases of the router: as it is; a bias
 that sends every token to the same experts and leaves the others without any. Differences are norms of the difference over
 the reference's norm: of the logits, and of all LoRA gradients of the loss on every token. Appends a line to
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from isolation import GROUPS, make_recipe
 from torch import nn
 
+from medmcqa_lora.blocks import in_float8
 from medmcqa_lora.kernels import describe_kernels, packing_collator
 from medmcqa_lora.model import attach_lora, load_model
 from medmcqa_lora.training import git_commit, hardware, versions
@@ -134,7 +135,9 @@ def closeness(blocks: str, seed: int, ordinary: int, experts: bool) -> dict:
         with pytorch_alone():
             reference, theirs = eager(exact, row), eager(plain, row)
         mine = eager(ours, row)
-        found[case] = dict(transformers=apart(theirs, reference), ours=apart(mine, reference))
+        with in_float8(ours):
+            eight = eager(ours, row)
+        found[case] = {"transformers": apart(theirs, reference), "ours": apart(mine, reference), "ours, fp8": apart(eight, reference), "ours, fp8, from ours": apart(eight, mine)}
         if torch.cuda.is_available():
             found[case]["ours, replayed, from ours"] = apart(replayed(ours, row), mine)
     return dict(differences=found, tokens=int(row["input_ids"].numel()), kernels=describe_kernels(ours, recipe, (True, "asked for")).splitlines())

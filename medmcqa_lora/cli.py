@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
            'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run', 'report_in_card',
-           'compare', 'merge', 'export', 'bench', 'demo', 'one_line', 'main']
+           'compare', 'merge', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #c31734e5
 import sys
@@ -158,23 +158,38 @@ def export(adapter: Adapter, out: NewFolder, format: Annotated[str, typer.Option
     done = export_adapter(adapter, out, format, base)
     say(f"adapter  {out}: {done['tensors']:,} tensors of rank {done['rank']} at most, for {done['base']}\nhow      {out}/README.md")
 
-# %% ../nbs/06_cli.ipynb #096b5891
+# %% ../nbs/06_cli.ipynb #18eeb1fe
+def names_of(option: str, text: str # what stands behind it; empty: it isn't there
+            ) -> list[str]: # empty: all
+    "Names between commas; raises `ValueError` where there are commas or blanks alone."
+    names = [w.strip() for w in text.split(",") if w.strip()]
+    if text and not names: raise ValueError(f"{option} {text!r}: names nothing; leave {option} out for all")
+    return names
+
+# %% ../nbs/06_cli.ipynb #cce3427d
 @app.command()
-def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, typer.Option(help="Names, with commas between; none: all.")] = "",
+def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, typer.Option(help="Names, with commas between; none: all, or with --ablation ours.")] = "",
           tokens: Annotated[int, typer.Option(help="Real tokens a training step, about.")] = 16384, steps: Annotated[int, typer.Option(help="Timed steps.")] = 10,
           warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5, profiled: Annotated[int, typer.Option(help="Steps under the profiler, after them.")] = 1,
           layers: Annotated[int | None, typer.Option(help="The model's first so many blocks, with random weights.")] = None,
           lengths: Annotated[str, typer.Option(help="medmcqa: the real questions'; data: the recipe's rows'.")] = "medmcqa",
           peak: Annotated[float, typer.Option(help="TFLOP/s of the GPU.")] = 790.0,
+          ablation: Annotated[bool, typer.Option("--ablation", help="Training without one lever of speed after the other, in one process.")] = False,
+          levers: Annotated[str, typer.Option(help="With --ablation: names, with commas between; none: all.")] = "",
           commit: Annotated[str, typer.Option(help="What to record where there is no git checkout.")] = "",
           out: Annotated[Path | None, typer.Option("--out", help="The output folder; results are added to those in it.")] = None) -> None:
     "Variants side by side, a process each: speed, share of peak, memory, kernels; training and scoring."
+    names, away = names_of("--variants", variants), names_of("--levers", levers)
+    if away and not ablation: raise ValueError(f"--levers {levers}: goes with --ablation")
     settings = recipe_of(recipe, p)
-    from medmcqa_lora.bench import Load, describe_bench, run_bench
+    from medmcqa_lora.bench import Load, describe_ablation, describe_bench, run_ablation, run_bench
     from medmcqa_lora.launch import new_folder_name
     folder = out or Path(new_folder_name("bench"))
     load = Load(tokens, steps, warmup, profiled, layers, lengths, peak)
-    results = run_bench(settings, [v.strip() for v in variants.split(",") if v.strip()], load, folder, say, commit)
+    if ablation:
+        results = run_ablation(settings, names, away, load, folder, say, commit)
+        return say(f"\n{describe_ablation(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/ablation.md\nfigure   {folder}/VARIANT-ablation.png\nlogs     {folder}/VARIANT.log")
+    results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
 # %% ../nbs/06_cli.ipynb #bcb45f8c

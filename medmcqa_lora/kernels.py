@@ -10,7 +10,7 @@ __all__ = ['KERNELS', 'INSTALL', 'ROW_MULTIPLE', 'PADDED_ROWS', 'PACKED_CACHE', 
            'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders', 'few_blocks', 'choose_packing',
            'describe_kernels']
 
-# %% ../nbs/02b_kernels.ipynb #dc96c8f7
+# %% ../nbs/02b_kernels.ipynb #efef7e73
 import functools, importlib, importlib.util, inspect, os, sys
 from contextlib import contextmanager
 from types import MethodType, ModuleType
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from .recipe import Recipe
 from .experts import is_grouped
+from .float8 import multiplies8, weights8
 from .fused import is_fused, use_triton
 from .mamba import LONGEST, can_scan, mamba_forward
 
@@ -332,7 +333,7 @@ def sees_borders(model: nn.Module, # on its device
     "Whether attention in packed rows computes within the examples alone."
     return recipe.attn_implementation == "flash_attention_2" or recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)
 
-# %% ../nbs/02b_kernels.ipynb #46eba09e
+# %% ../nbs/02b_kernels.ipynb #7d416f86
 @contextmanager
 def few_blocks(model: nn.Module): # a causal language model, without LoRA; as it was when the block ends
     "A model whose blocks wait elsewhere, with the first of each kind alone and where its embeddings are; any other as it is."
@@ -346,7 +347,7 @@ def few_blocks(model: nn.Module): # a causal language model, without LoRA; as it
         holder.layers.to(waited)
         holder.layers = before
 
-# %% ../nbs/02b_kernels.ipynb #5281d5eb
+# %% ../nbs/02b_kernels.ipynb #9e466a65
 def choose_packing(model: nn.Module, # a causal language model, with or without LoRA
                    rows, # examples: {input_ids}
                    recipe: Recipe, training: bool = True # False: for scoring
@@ -363,7 +364,7 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #fed013be
+# %% ../nbs/02b_kernels.ipynb #aa9ed3ca
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -382,6 +383,9 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         if whole: lines.append(f"blocks: each one function where it is of the known form, {whole} of {len(blocks)}")
         where = "Triton kernels" if use_triton(next(model.parameters())) else "PyTorch's operations: no GPU or no Triton"
         lines.append("norms, router, shared expert, LoRA layers: " + (f"fused in {fused - whole} modules ({where})" if fused else f"as transformers and PEFT compute them ({'fast = off' if recipe.fast == 'off' else recipe.backend})"))
+    if narrow := list(weights8(model)):
+        slow = len(narrow) - sum(map(multiplies8, narrow))
+        lines.append(f"frozen matrices: 8-bit floats in {len(narrow)}, by rows and by columns" + f"; {slow} of them multiplied as {narrow[0].dtype} numbers, slowly: that takes a Hopper GPU and bfloat16" * (slow > 0))
     kind = "variable-length" if sees_borders(model, recipe) else f"{recipe.attn_implementation} with a block-diagonal mask (variable-length attention needs a GPU from 8.0 on, bfloat16, attn_implementation = sdpa, fast not off)"
     if recipe.parallel == "fsdp": lines.append("weights: a share in each process (FSDP2), gathered a block at a time; so in_proj and its LoRA are two products, and steps are not recorded")
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])

@@ -6,11 +6,12 @@
 __all__ = ['LONGEST', 'Sizes', 'mixer_sizes', 'Frozen', 'scan_stations', 'scan_forward', 'scan_backward', 'MambaScan', 'can_scan',
            'frozen_parts', 'mamba_forward']
 
-# %% ../nbs/01d_mamba.ipynb #a33fbee4
+# %% ../nbs/01d_mamba.ipynb #24d81c19
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from .float8 import Rows8, has_float8, quantise
 
 # %% ../nbs/01d_mamba.ipynb #86f5949c
 class Sizes(NamedTuple):
@@ -64,13 +65,18 @@ def scan_stations(projected: Tensor, # (T, …) result of the input projection
     dt, a = dt_forward(raw, frozen.dt_bias, frozen.A, first, sizes.low, sizes.high)
     return mixed, dt, a, ssd_forward(*sizes.parts(mixed), dt, a, frozen.D, first)
 
-# %% ../nbs/01d_mamba.ipynb #2255dcbd
-def scan_forward(projected: Tensor, first: Tensor, frozen: Frozen, sizes: Sizes # as `scan_stations` takes them
-                ) -> Tensor: # (T, inner), for the output projection
+# %% ../nbs/01d_mamba.ipynb #b796bfd4
+def scan_forward(projected: Tensor, first: Tensor, frozen: Frozen, sizes: Sizes, # as `scan_stations` takes them
+                 narrow: bool = False # in 8 bits
+                ) -> Tensor | Rows8: # (T, inner), for the output projection
     "Everything between the projections of a Mamba-2 block."
     from medmcqa_lora.triton_kernels import gated_norm_forward
     y, z = scan_stations(projected, first, frozen, sizes)[-1].flatten(1), sizes.strips(projected)[0]
-    return gated_norm_forward(y, z, frozen.norm, sizes.eps, y.shape[1] // sizes.groups)
+    rest = y, z, frozen.norm, sizes.eps, y.shape[1] // sizes.groups
+    if not narrow: return gated_norm_forward(*rest)
+    if not has_float8(y.device): return quantise(gated_norm_forward(*rest))
+    from medmcqa_lora.float8_kernels import gated_norm_forward8
+    return Rows8(*gated_norm_forward8(*rest))
 
 # %% ../nbs/01d_mamba.ipynb #6f7c1f50
 def scan_backward(g: Tensor, # (T, inner) gradient of `scan_forward`'s result

@@ -11,7 +11,7 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table',
            'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #d47aeb55
+# %% ../nbs/02_model.ipynb #3c7519e9
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
-from .blocks import speed_up
+from .blocks import speed_up, to_float8
 from .experts import is_grouped
+from .float8 import has_float8
 from .fused import is_fused
 from .kernels import check_kernels, find_mamba_kernels, keep_apart
 
@@ -164,10 +165,13 @@ def check_vocabulary(tokenizer, config, # the model's configuration
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"tokenizer {recipe.tokenizer or recipe.model}: has {len(tokenizer):,} tokens, and {recipe.model} embeds {config.vocab_size:,}; take the model's own")
 
-# %% ../nbs/02_model.ipynb #15feee50
+# %% ../nbs/02_model.ipynb #fdfe8220
 def check_backend(recipe: Recipe # about to be run
                  ) -> None:
-    "Raises `ValueError` if the recipe's backend can't run here."
+    "Raises `ValueError` if the recipe's backend, or its 8-bit products, can't run here."
+    if recipe.quantization == "fp8" and torch.cuda.is_available():
+        if not has_float8(device()): raise ValueError("quantization = fp8: needs a GPU of compute capability 9.0 or newer (Hopper) and Triton; use -p quantization none")
+        if recipe.dtype == "float32": raise ValueError("quantization = fp8: the GPU's 8-bit products give bfloat16; use -p dtype bfloat16, or -p quantization none")
     if recipe.backend != "unsloth": return
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
@@ -234,7 +238,7 @@ def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-# %% ../nbs/02_model.ipynb #76194790
+# %% ../nbs/02_model.ipynb #0bf0d446
 def home(recipe: Recipe) -> torch.device: # where a loaded model's blocks lie
     "This process' GPU, or the host's memory for a model that is going to be sharded."
     return torch.device("cpu") if recipe.parallel == "fsdp" else device()
@@ -249,7 +253,7 @@ def own_generator(): # a context manager
     "Random numbers inside a `with` block that leave those outside as they were."
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
-# %% ../nbs/02_model.ipynb #0c96daed
+# %% ../nbs/02_model.ipynb #6c71028c
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -277,7 +281,7 @@ def load_config(name: str # a recipe's model
     if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
     return AutoConfig.from_pretrained(resolve_model(name, weights=False))
 
-# %% ../nbs/02_model.ipynb #ce74be15
+# %% ../nbs/02_model.ipynb #c3657812
 @torch.no_grad()
 def draw(name: str, # full name of a parameter
          p: Tensor, # on its device; changed in place
@@ -289,7 +293,7 @@ def draw(name: str, # full name of a parameter
     elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
     elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
 
-# %% ../nbs/02_model.ipynb #70ead780
+# %% ../nbs/02_model.ipynb #3dc143b6
 @torch.no_grad()
 def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
@@ -307,7 +311,7 @@ def _make_random(recipe: Recipe) -> nn.Module:
     model.config._name_or_path = recipe.model
     return settle(model, recipe)
 
-# %% ../nbs/02_model.ipynb #c2dd55c8
+# %% ../nbs/02_model.ipynb #a1be6e96
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
@@ -319,6 +323,7 @@ def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this p
     except (OSError, KeyError, ImportError) as e:
         raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
     check_kernels(model.config.model_type, recipe, model)
+    if recipe.quantization == "fp8": to_float8(model.requires_grad_(False))
     if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
     if recipe.backend == "hf" and recipe.fast != "off": speed_up(model)
     return model.eval()
@@ -416,7 +421,7 @@ def lora_config(model: nn.Module, # without LoRA; may live on the meta device
     return LoraConfig(task_type="CAUSAL_LM", r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, bias="none",
                       target_modules=module_targets(chosen, matrices), target_parameters=fused or None, rank_pattern=dict.fromkeys(own, recipe.lora_r_experts), alpha_pattern=dict.fromkeys(own, alpha))
 
-# %% ../nbs/02_model.ipynb #6bda0f25
+# %% ../nbs/02_model.ipynb #1d1a3a67
 def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; the base is changed in place
     "Attach a fresh adapter, seeded by the recipe; raises `ValueError` for targets that can't be had."
     if recipe.backend == "unsloth": return _attach_unsloth(model, recipe)
@@ -425,6 +430,7 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
     if recipe.fast != "off": speed_up(tuned)
+    if recipe.quantization == "fp8": tuned._ddp_params_and_buffers_to_ignore = [n for n, p in tuned.named_parameters() if not p.requires_grad]  # equal in all processes; and where 8 bits took a matrix' place, there is nothing to send
     return tuned
 
 # %% ../nbs/02_model.ipynb #2cf92498
@@ -452,7 +458,7 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #baa7dc97
+# %% ../nbs/02_model.ipynb #f8a710c0
 def save_adapter(model: nn.Module, # a PEFT model
                  folder: Path, # one that exists is replaced
                  tensors: dict[str, Tensor] | None = None # of the adapter, by parameters' names; none: the model's own

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-# %% ../nbs/00_recipe.ipynb #7743f231
+# %% ../nbs/00_recipe.ipynb #866d4593
 @dataclass(kw_only=True)
 class ModelKeys:
     "Which model a run starts from."
     model: str = "smollm2-135m-instruct"  # a folder, a hub id, or a built-in: smollm2-135m-instruct, toy-nemotron-h
     tokenizer: str = ""  # a folder or hub id; empty: the model's own
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # type of the frozen weights; auto: as stored
+    quantization: Literal["none", "fp8"] = "none"  # of the blocks' frozen matrices; fp8: 8-bit floats, faster on a Hopper GPU and less exact
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # transformers' name
     backend: Literal["hf", "unsloth"] = "hf"  # who loads the model and attaches LoRA
     weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
@@ -68,7 +69,7 @@ class TrainKeys:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     seed: int = 42  # of data order, initial adapter and dropout
 
-# %% ../nbs/00_recipe.ipynb #93ad9b06
+# %% ../nbs/00_recipe.ipynb #42d65961
 @dataclass(kw_only=True)
 class RunKeys:
     "Checkpoints, logging, evaluation batches, processes, and the output folder."
@@ -143,7 +144,7 @@ LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow
 
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
-# %% ../nbs/00_recipe.ipynb #5fc5da62
+# %% ../nbs/00_recipe.ipynb #2cca7051
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
@@ -156,8 +157,10 @@ RULES = (  # key, holds, what to do
     ("packing", lambda r: r.packing != "on" or r.backend != "unsloth", "on is refused with backend unsloth, whose kernels are not known to keep packed examples apart; use auto or off"),
     ("weights", lambda r: r.weights != "random" or r.backend != "unsloth", "random needs backend hf: unsloth reads its weights from files"),
     ("lora_r_experts", lambda r: r.backend != "unsloth" or not r.lora_r_experts, "is not passed on by unsloth; leave it out, or use backend hf"),
+    ("quantization", lambda r: r.quantization == "none" or (r.backend == "hf" and r.fast != "off"), "fp8 needs backend hf and fast auto or require: its products are this package's; or take none"),
     ("dtype", lambda r: r.backend != "unsloth" or r.dtype != "float32", "float32 is not what unsloth trains in; use bfloat16"),
     ("parallel", lambda r: r.backend != "unsloth" or r.parallel != "fsdp", "fsdp needs backend hf: unsloth loads a whole copy onto each GPU; use ddp"),
+    ("parallel", lambda r: r.quantization == "none" or r.parallel != "fsdp", "fsdp needs quantization none: 8-bit matrices lie twice, by rows and by columns, and are not gathered; use ddp"),
 )
 
 # %% ../nbs/00_recipe.ipynb #8e452ad7

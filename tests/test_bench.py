@@ -1,15 +1,41 @@
-"""`medmcqa-lora bench` at toy size: a process a variant, results that can be added up, failures as rows."""
+"""`medmcqa-lora bench` at toy size: a process a variant, results that can be added up, failures as rows; levers taken away and put back."""
 import json
 import math
 import random
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import torch
 from conftest import ALL
 
-from medmcqa_lora.bench import KINDS, VARIANTS, Load, Variant, cut_model, examples_a_step, make_lengths, passed_parameters, plot_kernels, run_variant
+from medmcqa_lora import fused, kernels, step, training
+from medmcqa_lora.bench import (
+    KINDS,
+    LEVERS,
+    VARIANTS,
+    Load,
+    Variant,
+    ablate,
+    cut_model,
+    examples_a_step,
+    make_lengths,
+    measure,
+    passed_parameters,
+    plot_kernels,
+    prepare,
+    random_files,
+    run_variant,
+    save_random,
+    swapped,
+    taken,
+)
+from medmcqa_lora.experts import is_grouped
 from medmcqa_lora.files import read_lines
-from medmcqa_lora.model import list_matrices, planned_model
-from medmcqa_lora.recipe import load_recipe, shipped
+from medmcqa_lora.model import list_matrices, load_model, planned_model
+from medmcqa_lora.recipe import Recipe, load_recipe, shipped
 
 SMALL = ("--tokens", 256, "--steps", 3, "--warmup", 1)
 
@@ -62,15 +88,50 @@ def test_no_variant_runs(cli, tmp_path):
     assert "failed" in read_lines(tmp_path / "out/results.jsonl")[0]
 
 
+def test_unsloth_gets_the_random_weights(tmp_path):
+    """The folder that Unsloth reads holds what the other variants make, in bfloat16 shards, with a tokenizer; the process that writes it ends."""
+    recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), dtype="bfloat16")
+    stored = random_files(recipe, tmp_path)
+    assert (stored.weights, stored.backend, stored.tokenizer) == ("pretrained", "hf", "toy-nemotron-h")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "random").iterdir()}
+    found, made = load_model(stored).state_dict(), load_model(recipe).state_dict()
+    assert found.keys() == made.keys() and all(v.float().equal(made[k].float()) for k, v in found.items())
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(dtype="float32"), "float32 is not what unsloth trains in"),
+    (dict(dtype="bfloat16", lora_r_experts=2), "is not passed on by unsloth"),
+    (dict(dtype="bfloat16"), "backend = unsloth: needs a GPU"),
+])
+def test_unsloth_is_refused_before_weights_are_written(change, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("medmcqa_lora.bench.random_files", lambda *a: pytest.fail("weights were written"))
+    recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), lora_targets=["attention", "mamba_in", "shared_experts", "routed_experts"], **change)
+    with pytest.raises(ValueError, match=expected):
+        measure(recipe, "unsloth", Load(tokens=256), tmp_path)
+
+
+def test_no_room_for_random_weights(tmp_path):
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**30)), pytest.raises(ValueError) as e:
+        save_random(Recipe(model="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16", weights="random", dtype="bfloat16"), tmp_path / "weights")
+    assert str(e.value) == f"random weights in files need 58.8 GiB and the disk of {tmp_path} has 1 GiB free; set TMPDIR to a folder on a larger one"
+
+
 @pytest.mark.parametrize("words, expected", [
     (("--variants", "ours,kernel"), "did you mean kernels?"),
     (("--recipe", "tiy"), "did you mean toy?"),
     (("--steps", 0), "--steps 0"),
     (("--lengths", "short"), "--lengths short"),
     (("--layers", 99), "--layers 99"),
-    (("--layers", 2), "attention matches nothing"),
+    (("--layers", 2), "--layers 2: too small for lora_targets attention, mlp; give 5 or more"),
+    (("--variants", ", ,"), "--variants ', ,': names nothing"),
+    (("--ablation", "--variants", "plain"), "plain has none of the levers"),
+    (("--ablation", "--levers", "graphs"), "--levers graphs: there is no such lever"),
+    (("--ablation", "--levers", ","), "--levers ',': names nothing"),
+    (("--levers", "step"), "goes with --ablation"),
     (("-p", "data", "none.jsonl"), "none.jsonl"),
     (("-p", "lora_targets", "gate_proj"), "gate_proj"),
+    (("--layers", 3, "-p", "lora_targets", "gate_proj"), "gate_proj matches nothing"),
 ])
 def test_mistakes(words, expected, cli, tmp_path):
     code, _, err = cli("bench", *words, "--out", tmp_path / "out")
@@ -143,3 +204,142 @@ def test_variants_are_recipes():
     keys = set(vars(load_recipe("toy")))
     for v in VARIANTS.values():
         assert isinstance(v, Variant) and set(v.changes) <= keys and v.what
+
+
+# Levers.
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A toy with LoRA that does something, and with room behind in_proj as on a GPU."""
+    s = prepare(load_recipe("toy"), "ours", Load(tokens=256, steps=1, warmup=1), tmp_path_factory.mktemp("toy"))
+    torch.manual_seed(0)
+    for n, p in s.model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.05)
+    for n, m in s.model.named_modules():
+        if n.endswith("in_proj.base_layer"):
+            fused.make_room(m, 8)
+    return s
+
+
+def inside(s) -> dict:
+    """Everything that a module holds, two levels deep; what holds it stays the same object."""
+    return {n: {k: {i: id(x) for i, x in v.items()} if isinstance(v, dict) else id(v) for k, v in vars(m).items()} for n, m in s.model.named_modules()}
+
+
+def forward(s) -> tuple:
+    """Logits and LoRA's gradients of a packed row."""
+    row = kernels.packing_collator()([dict(r) for r in s.rows[:3]])
+    s.model.zero_grad()
+    out = s.model(**row, use_cache=False)
+    out.loss.backward()
+    return [out.logits.detach(), *(p.grad.clone() for p in s.model.parameters() if p.requires_grad)]
+
+
+FUNCTIONS = ((training, "can_record"), (training, "can_use_head_loss"), (training, "row_multiple"), (step, "supervised"), (kernels, "LONGEST"), (kernels, "ROW_MULTIPLE"), (kernels, "can_use_varlen"), (fused, "use_triton"))
+CUDA, CAN_USE_VARLEN = torch.device("cuda"), kernels.can_use_varlen
+GONE = {  # lever -> whether it is, of a prepared model and its base
+    "nothing": lambda s: not_gone(s),
+    "recording": lambda s: not training.can_record(replace(s.recipe, gradient_checkpointing=False, lora_dropout=0.0), 1),
+    "blocks": lambda s: not any(fused.is_fused(m) for m in s.model.modules() if type(m).__name__ == "NemotronHBlock") and any(map(fused.is_fused, s.model.modules())),
+    "fused": lambda s: not any(map(fused.is_fused, s.model.modules())),
+    "triton": lambda s: not fused.use_triton(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)),
+    "scan": lambda s: not kernels.has_own_scan(s.recipe) and kernels.LONGEST == 0,
+    "room": lambda s: not any(fused.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear)),
+    "filled": lambda s: kernels.row_multiple(CUDA) == training.row_multiple(CUDA) == 1,
+    "positions": lambda s: int((step.RowCollator()([dict(r) for r in s.rows[:3]])["targets"] >= 0).sum()) == 3 and len(step.supervised(torch.full((1, 257), -100))[0]) == 256,
+    "step": lambda s: not training.can_use_head_loss(s.model.get_base_model()),
+    "experts": lambda s: not any(map(is_grouped, s.model.modules())),
+    "attention": lambda s: kernels.can_use_varlen is not CAN_USE_VARLEN and not kernels.can_use_varlen(s.model) and GONE["recording"](s),
+}
+
+
+def not_gone(s) -> bool:
+    """With all levers in place, on a machine that says it has a GPU."""
+    return (any(map(fused.is_fused, s.model.modules())) and any(map(is_grouped, s.model.modules())) and any(fused.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
+            and training.can_use_head_loss(s.model.get_base_model()) and kernels.row_multiple(CUDA) > 1 and kernels.LONGEST > 0)
+
+
+def test_levers_are_all_tested():
+    assert set(GONE) == set(LEVERS) and all(n in LEVERS for lever in LEVERS.values() for n in lever.takes)
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_lever_is_taken_and_put_back(name, ready, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "is_available", lambda: True)
+        assert not GONE["recording"](ready)
+    held, functions, numbers = inside(ready), [getattr(*f) for f in FUNCTIONS], forward(ready)
+    with pytest.raises(KeyError, match="in the middle"):
+        with taken(ready.model, name):
+            with monkeypatch.context() as m:
+                if name in ("recording", "attention"):
+                    m.setattr(torch.cuda, "is_available", lambda: True)
+                assert GONE[name](ready)
+            if name not in ("triton", "scan", "attention", "filled", "recording"):  # these need a GPU to make a difference
+                assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(forward(ready), numbers))
+            raise KeyError("in the middle")
+    assert inside(ready) == held and all(a is b for a, b in zip([getattr(*f) for f in FUNCTIONS], functions))
+    assert all(torch.equal(a, b) for a, b in zip(forward(ready), numbers)) and not_gone(ready)
+
+
+def test_nothing_is_left_of_a_step_that_failed(ready, tmp_path, monkeypatch):
+    """Out of memory in the second step of one measurement; the next has the model as it was, and no step is alive, nor what it recorded."""
+    alive, held, numbers, real = [], inside(ready), forward(ready), step.Step.__call__
+
+    def watched(self, *args, **kwargs):
+        alive.append(weakref.ref(self))
+        return real(self, *args, **kwargs)
+
+    def limited(self, *args, **kwargs):
+        if alive[-1]() is self:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. And more")
+        return watched(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
+    monkeypatch.setitem(LEVERS, "room", replace(LEVERS["room"], away=lambda model: swapped(step.Step, "__call__", limited)))
+    ablate(ready, Load(tokens=256, steps=1, warmup=1), ["room"], tmp_path / "lines.jsonl")
+    first, failed, last = read_lines(tmp_path / "lines.jsonl")
+    assert failed["failed"] == "out of memory: CUDA out of memory" and "training" not in failed
+    assert first["training"]["loss"] == last["training"]["loss"] and first["training"]["tokens"] == last["training"]["tokens"]
+    assert len(alive) == 3 + 1 + 3 and not any(ref() for ref in alive)
+    assert inside(ready) == held and all(torch.equal(a, b) for a, b in zip(forward(ready), numbers))
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    from medmcqa_lora.cli import main
+
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    with pytest.raises(SystemExit) as ended:
+        main([str(w) for w in ("bench", "--ablation", *SMALL, "--out", out)])
+    assert ended.value.code == 0
+    return out, read_lines(out / "results.jsonl")
+
+
+def test_ablation_by_the_command(ablated):
+    out, found = ablated
+    assert [r["ablation"] for r in found] == ["nothing", *list(LEVERS)[1:], "nothing"]
+    assert all(r["variant"] == "ours" and r["commit"] and r["versions"]["torch"] and r["hardware"]["cores"] and r["recipe"]["fast"] == "auto" for r in found)
+    ran, absent = [r for r in found if "training" in r], {r["ablation"]: r["absent"] for r in found if "absent" in r}
+    assert len(ran) + len(absent) == len(found) and all(r["what"] == LEVERS[r["ablation"]].what for r in found)
+    if not torch.cuda.is_available():
+        assert set(absent) == {"recording", "triton", "scan", "room", "filled", "attention"} and "GPU" in absent["recording"]
+    losses = [r["training"]["loss"] for r in ran]
+    assert losses[0] == losses[-1] and all(math.isclose(x, losses[0], rel_tol=1e-4) for x in losses)
+    assert len({r["training"]["tokens"]["median"] for r in ran}) == 1 and all(r["training"]["seconds"]["n"] == 3 for r in ran)
+
+
+def test_ablation_table_and_figure(ablated):
+    out, found = ablated
+    table = (out / "ablation.md").read_text()
+    assert table.count("\n| ours | ") == len(found) and "| to all levers |" in table and "not applicable: " in table
+    assert (out / "ours-ablation.png").stat().st_size > 5000 and "without blocks" in (out / "ours.log").read_text()
+
+
+def test_ablation_of_a_killed_process(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("medmcqa_lora.bench.sys.executable", "/bin/false")
+    code, _, err = cli("bench", "--ablation", "--out", tmp_path / "out")
+    assert code == 1 and err.count("\n") == 1 and "nothing was measured: ours: the process ended with 1" in err
+    assert [r["ablation"] for r in read_lines(tmp_path / "out/results.jsonl")] == ["the others"]
