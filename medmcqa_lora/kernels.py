@@ -333,14 +333,14 @@ def sees_borders(model: nn.Module, # on its device
     "Whether attention in packed rows computes within the examples alone."
     return recipe.attn_implementation == "flash_attention_2" or recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)
 
-# %% ../nbs/02b_kernels.ipynb #7d416f86
+# %% ../nbs/02b_kernels.ipynb #24d0cfe6
 @contextmanager
 def few_blocks(model: nn.Module): # a causal language model, without LoRA; as it was when the block ends
     "A model whose blocks wait elsewhere, with the first of each kind alone and where its embeddings are; any other as it is."
     place, holder = next(model.parameters()).device, next((m for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if holder is None or {p.device for p in model.parameters()} == {place}: yield; return
-    before = holder.layers
-    holder.layers = nn.ModuleList(reversed(first_blocks(model)))
+    before, first = holder.layers, first_blocks(model)
+    holder.layers = nn.ModuleList(b for b in before if b in first)
     waited = next(holder.layers.parameters()).device
     try: yield model.to(place)
     finally:

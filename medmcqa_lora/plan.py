@@ -401,7 +401,7 @@ def check_fit(model: nn.Module, # without LoRA, on the meta device
     ways = [f"-p per_device_train_batch_size {n}{' -p gradient_checkpointing true' * (ck and not recipe.gradient_checkpointing)}" for ck, n in fitting.items() if n]
     raise ValueError(f"per_device_train_batch_size = {recipe.per_device_train_batch_size}: training needs about {needed:.0f} GiB, this GPU has {gpu_memory:.0f}; {' or '.join(ways) + ' would fit' if ways else 'not even one example would fit: take a larger GPU'} (see medmcqa-lora plan)")
 
-# %% ../nbs/02d_plan.ipynb #47007020
+# %% ../nbs/02d_plan.ipynb #afca35a1
 def choose_parallel(model: nn.Module, # without LoRA, on the meta device
                     recipe: Recipe, gpu_memory: float, # GiB of one GPU
                     gpus: int # a process each
@@ -411,7 +411,7 @@ def choose_parallel(model: nn.Module, # without LoRA, on the meta device
     def fits(way):
         try: return check_fit(model, replace(recipe, parallel=way), gpu_memory, gpus) is None
         except ValueError: return False
-    return "fsdp" if gpus > 1 and recipe.backend == "hf" and not fits("ddp") and fits("fsdp") else "ddp"
+    return "fsdp" if gpus > 1 and recipe.backend == "hf" and recipe.quantization == "none" and not fits("ddp") and fits("fsdp") else "ddp"
 
 # %% ../nbs/02d_plan.ipynb #c4f135ae
 CODE = {"kernels": "transformers' experts", "experts": "grouped experts", "whole": "whole blocks"}  # ways that a recipe can go or could, from the first to today's
