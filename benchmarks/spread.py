@@ -103,6 +103,8 @@ def measure(job: dict) -> dict:
         trainer = make_trainer(tuned, tokenizer, Encoded(Dataset.from_list(rows), [], 0, []), recipe, Path(folder), packed=packing[0])
         trainer.args.train_sampling_strategy, trainer.args.save_strategy = "sequential", "no"
         trainer.add_callback(ends)
+        if job["way"] == "ddp-hooks":
+            trainer.training_step.apart, trainer.training_step.why = False, "DistributedDataParallel's hooks"
         loaded = time.perf_counter() - began
         loss = trainer.train().training_loss
     seconds, peak = ends.seconds, torch.tensor([peak_memory_gib()], device=trainer.args.device)
@@ -135,7 +137,7 @@ def case(recipe: Recipe, gpus: int, way: str, load: Load, log: Path, limit: int)
         if load.layers:
             recipe = cut_model(recipe, load.layers, Path(folder))
         size = examples_a_step(VARIANTS["ours"], make_lengths(replace(load, lengths="medmcqa"), [], recipe.seed), load.tokens)
-        recipe = replace(variant_recipe(recipe, "ours-checkpointing" if recipe.gradient_checkpointing else "ours", size, load), parallel="auto" if gpus == 1 else way, max_steps=load.warmup + load.steps, logging_steps=load.warmup + load.steps)
+        recipe = replace(variant_recipe(recipe, "ours-checkpointing" if recipe.gradient_checkpointing else "ours", size, load), parallel="auto" if gpus == 1 else way.partition("-")[0], max_steps=load.warmup + load.steps, logging_steps=load.warmup + load.steps)
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         write_json(job, dict(recipe=asdict(check_recipe(recipe)), load=asdict(load), way=way, result=str(result)))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // gpus))
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="toy")
     parser.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help="set a recipe key; repeatable")
     parser.add_argument("--gpus", default="1,2", help="numbers of processes, with commas between")
-    parser.add_argument("--ways", default="ddp,fsdp", help="of ddp and fsdp, for more than one process")
+    parser.add_argument("--ways", default="ddp,fsdp", help="for more than one process: ddp, fsdp, or ddp-hooks: gradients added up by DistributedDataParallel's own hooks, and so no recorded steps")
     parser.add_argument("--tokens", type=int, default=16384, help="real tokens a step and process, about")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=6)

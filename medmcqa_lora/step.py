@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LOGITS', 'SCALES', 'GRAPHS', 'supervised', 'RowCollator', 'HeadLoss', 'whole', 'can_use_head_loss',
-           'use_head_loss', 'shape_of', 'Gradients', 'Recording', 'Tally', 'Recorder', 'Step', 'use_step']
+           'use_head_loss', 'shape_of', 'Gradients', 'Recording', 'Tally', 'Recorder', 'sum_up', 'Step', 'use_step']
 
-# %% ../nbs/02f_step.ipynb #d0203873
+# %% ../nbs/02f_step.ipynb #a21bc71f
 import gc, inspect
 from types import MethodType
-import torch, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -161,7 +161,7 @@ class Tally:
         self.sums.zero_()  # in place: recordings add to it
         return dict(num_tokens=tokens, entropy=entropy / max(positions, 1), mean_token_accuracy=right / max(positions, 1))
 
-# %% ../nbs/02f_step.ipynb #069370ef
+# %% ../nbs/02f_step.ipynb #444d863e
 GRAPHS = 32  # recordings kept at most
 
 class Recorder:
@@ -180,10 +180,14 @@ class Recorder:
             if not self.recorded: self.why = said  # nor will any other
             return lambda b: self.run(model, b)
 
-    def record(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
-        "The first row as PyTorch runs it, the others by the recordings of their shapes, which are made when they are met."
+    def hold(self, model: nn.Module) -> None:
+        "Have the model's gradients written to fixed addresses."
         self.gradients = self.gradients or Gradients([p for p in model.parameters() if p.requires_grad])
         self.gradients.attach()
+
+    def record(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
+        "The first row as PyTorch runs it, the others by the recordings of their shapes, which are made when they are met."
+        self.hold(model)
         if not self.warm:
             self.warm = True
             return self.run(model, batch)
@@ -192,13 +196,20 @@ class Recorder:
             self.recorded[shape] = self.recording(model, batch)
         return self.recorded[shape](batch)
 
-# %% ../nbs/02f_step.ipynb #b44e026b
+# %% ../nbs/02f_step.ipynb #88229e5f
+def sum_up(gradients: Gradients, processes: int) -> None:
+    "Average gradients over all processes."
+    dist.all_reduce(gradients.buffer)
+    gradients.buffer.div_(processes)
+
+# %% ../nbs/02f_step.ipynb #a4811f92
 class Step(Recorder):
-    "A trainer's `training_step` for packed rows; on one GPU it is recorded."
+    "A trainer's `training_step` for packed rows; on GPUs it is recorded, unless weights are shared."
     def __init__(self, trainer, # a `trl.SFTTrainer` around a model with `use_head_loss`
                  record: bool): # as a CUDA graph
         super().__init__(record)
         self.trainer, self.tally = trainer, Tally()
+        self.apart = trainer.accelerator.num_processes > 1 and not trainer.args.fsdp_plugin_args  # a copy of the model in each process
 
     def run(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
         "Forward and backward of one row."
@@ -219,7 +230,11 @@ class Step(Recorder):
         self.tally.begin(batch)
         items = (batch["targets"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         batch = batch | dict(num_items_in_batch=torch.as_tensor(items, dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1))
-        return self.run(model, batch) if self.why else self.record(model, batch)
+        if not self.apart: return self.run(model, batch) if self.why else self.record(model, batch)
+        self.hold(own := model.module)
+        loss = self.run(own, batch) if self.why else self.record(own, batch)
+        if self.trainer.accelerator.sync_gradients: sum_up(self.gradients, self.trainer.accelerator.num_processes)
+        return loss
 
 # %% ../nbs/02f_step.ipynb #082a9269
 def use_step(trainer, # a `trl.SFTTrainer` whose model has `use_head_loss`; changed in place

@@ -137,10 +137,10 @@ def tensorboard_writer(run: Path # the run's folder
     from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(run / "tensorboard"))
 
-# %% ../nbs/03_training.ipynb #1ee18e67
+# %% ../nbs/03_training.ipynb #e252cd26
 def can_record(recipe: Recipe, processes: int) -> bool: # processes that train together
     "Whether a recipe's steps may be recorded as CUDA graphs here."
-    return torch.cuda.is_available() and recipe.fast != "off" and processes == 1 and not recipe.gradient_checkpointing and not recipe.lora_dropout
+    return torch.cuda.is_available() and recipe.fast != "off" and not (recipe.parallel == "fsdp" and processes > 1) and not recipe.gradient_checkpointing and not recipe.lora_dropout
 
 def pack_training(trainer, # a `trl.SFTTrainer` around a PEFT model; changed in place
                   recipe: Recipe) -> None:

@@ -107,6 +107,15 @@ assert all(isinstance(p, DTensor) for p in shares) and {p.dtype for p in shares 
 mine, whole = (sum(n(p) for p in shares) for n in (lambda p: p.to_local().numel(), lambda p: p.numel()))
 assert mine < 0.55 * whole, (mine, whole)
 assert calls["mixture"] >= 2 * STEPS and calls["head"] >= STEPS, calls
+recorded = chosen(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+mine, theirs = (trained(recorded, f"hooks{hooks}", hooks) for hooks in (False, True))
+assert mine.training_step.apart and mine.training_step.gradients.buffer.any() and theirs.training_step.gradients is None
+assert mine.logged and all(abs(x - y) <= 1e-6 * abs(y) for x, y in zip(mine.logged, theirs.logged))
+mine, theirs = (torch.cat([p.detach().flatten() for p in made.model.parameters() if p.requires_grad]) for made in (mine, theirs))
+torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+first = mine.clone()
+torch.distributed.broadcast(first, 0)
+assert torch.equal(first, mine)  # the processes' copies are still the same
 for name, settings in list(SITUATIONS.items())[: None if ALL else 2]:
     found, wanted = (trained(chosen(parallel=way, **settings), name + way).logged for way in ("fsdp", "ddp"))
     assert len(found) == len(wanted) > 0 and all(abs(x - y) <= 1e-4 * abs(y) for x, y in zip(found, wanted)), (name, found, wanted)
@@ -137,7 +146,7 @@ def counted(function, name):
     function.forward = staticmethod(forward)
 counted(blocks.MixtureFunction, "mixture"); counted(step.HeadLoss, "head")
 def chosen(**settings): return toy(Path({folder!r}), 2, **dict(max_steps=STEPS, save_steps=STEPS) | settings)
-def trained(recipe, name="run"):
+def trained(recipe, name="run", hooks=False):
     for state in (AcceleratorState, PartialState): state._shared_state.clear()  # the next trainer is of another way
     run = Path({folder!r}) / name
     run.mkdir(exist_ok=True)
@@ -146,7 +155,7 @@ def trained(recipe, name="run"):
     base = load_model(recipe)
     packed = choose_packing(base, rows.rows, recipe)[0]
     made = make_trainer(attach_lora(base, recipe), tokenizer, rows, recipe, run, held_out, packed)
-    made.logged = []
+    if hooks: made.training_step.apart = False  # DistributedDataParallel adds gradients up by itself
     train(made, run)
     torch.distributed.barrier()
     made.logged = [m[k] for f, k in (("metrics.jsonl", "loss"), ("evals.jsonl", "eval_loss")) for m in read_lines(run / f)]
