@@ -1,12 +1,16 @@
 """Several processes as the command line starts them, beside one at the same global batch: a copy of the model each, and a share each."""
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL
+from conftest import ALL, processes_with
 from safetensors.torch import load_file
 
 from medmcqa_lora.files import read_lines
@@ -169,9 +173,6 @@ os._exit(0)  # taking DDP apart, torch 2.13 may wait for gloo's thread, which wa
 
 def launched(folder: Path, processes: int, code: str) -> None:
     """Run code in several processes, by torch's launcher."""
-    import subprocess
-    import sys
-
     script = folder / "process.py"
     script.write_text(PROCESS.format(path=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], folder=str(folder), code=code))
     environment = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
@@ -187,6 +188,37 @@ def test_four_processes_train_and_resume_as_one(one, tmp_path, way):
     shutil.rmtree(folder / "checkpoints/checkpoint-6")
     launch_train(toy(folder, 4, parallel=way), resume=True, nproc=4)
     same_run(folder, one, 4)
+
+
+@pytest.mark.skipif(not ALL, reason="make test-all; test_launch kills a run of one process and resumes it")
+@pytest.mark.parametrize("way", WAYS)
+def test_one_process_is_killed_and_the_run_goes_on(one, tmp_path, way):
+    """By the command that users type: the others end with it, and --resume ends where an uninterrupted run does."""
+    folder, mark = tmp_path / "run", f"MARK{os.getpid()}{way}"
+    words = ["train", "--recipe", "toy", *(w for k, v in dict(lora_targets=",".join(TARGETS), max_steps=6, save_steps=3, per_device_train_batch_size=4, parallel=way).items() for w in ("-p", k, str(v))), "--nproc-per-node", "2", "--out", str(folder)]
+    command = subprocess.Popen([sys.executable, "-c", "from medmcqa_lora.cli import main; main()", *words], env=os.environ | {"MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline, second = time.time() + 120, []
+    while len(second) < 1 or not (folder / "checkpoints/checkpoint-3/trainer_state.json").exists():
+        assert time.time() < deadline and command.poll() is None
+        time.sleep(0.01)
+        second = second or [p for p in Path("/proc").glob("[0-9]*") if "ipykernel" in read(p / "cmdline") and mark in read(p / "environ") and "\0RANK=1\0" in read(p / "environ")]
+    os.kill(int(second[0].name), signal.SIGKILL)
+    told = command.communicate(timeout=60)[1]
+    assert command.returncode == 1 and "medmcqa-lora: rank " in told  # a kernel that noticed may speak after it
+    deadline = time.time() + 15
+    while processes_with(mark) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not processes_with(mark) and len(losses(folder)) < 6
+    subprocess.run([*command.args, "--resume"], check=True, capture_output=True, timeout=120)
+    same_run(folder, one, 2)
+
+
+def read(file: Path) -> str:
+    """A file of /proc, or nothing where the process has gone."""
+    try:
+        return file.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 @pytest.mark.skipif(not ALL, reason="make test-all; the other resumed runs have as many processes as before")
