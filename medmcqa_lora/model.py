@@ -238,11 +238,12 @@ def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-# %% ../nbs/02_model.ipynb #0bf0d446
+# %% ../nbs/02_model.ipynb #53661d33
 def home(recipe: Recipe) -> torch.device: # where a loaded model's blocks lie
     "This process' GPU, or the host's memory for a model that is going to be sharded."
     return torch.device("cpu") if recipe.parallel == "fsdp" else device()
 
+# %% ../nbs/02_model.ipynb #49e8153a
 def settle(model: nn.Module, recipe: Recipe) -> nn.Module: # the same
     "Put a model where it waits for training or computes: its embeddings on this process' device, all else at `home`."
     model.to(home(recipe)).get_input_embeddings().to(device())

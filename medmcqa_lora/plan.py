@@ -59,10 +59,14 @@ def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples i
     sums = np.fft.irfft(np.fft.rfft(share, size) ** batch, size)
     return round(batch * mean), int(np.searchsorted(sums.cumsum(), 1 - 1e-4))
 
-# %% ../nbs/02d_plan.ipynb #7ac21bb0
-GATHERED = 3  # blocks' weights that are whole at once in FSDP2, at most; not measured yet
+# %% ../nbs/02d_plan.ipynb #5c3ac79e
+def weight_width(recipe: Recipe # with a dtype that is not auto
+                ) -> int: # bytes
+    "What a number of a frozen weight takes."
+    return 4 if recipe.dtype == "float32" else 2
 
-def weight_width(recipe: Recipe) -> int: return 4 if recipe.dtype == "float32" else 2  # bytes of a frozen weight
+# %% ../nbs/02d_plan.ipynb #7180ee3b
+GATHERED = 3  # blocks' weights that are whole at once in FSDP2, at most; not measured yet
 
 def memory_parts(total: int, # parameters of the base model
                  trainable: int, # of the adapter
@@ -536,12 +540,13 @@ def speeds(tokens: int, seconds: float, # of a micro-batch on one GPU
     alone = batches * seconds
     return tuple(gpus * batches * tokens / t for t in (alone + transfer, max(alone, transfer)))
 
-# %% ../nbs/02d_plan.ipynb #0107293e
+# %% ../nbs/02d_plan.ipynb #239f9a5d
 def in_words(low: float, high: float, # low ≤ high
              form: str = ",.0f") -> str: # such as "40,000 to 50,000"; one number where both read the same within 1%
     "A range in words."
     return f"{high:{form}}" if low > 0.99 * high else f"{low:{form}} to {high:{form}}"
 
+# %% ../nbs/02d_plan.ipynb #e5cc22f8
 def size_in_words(n: float # bytes
                  ) -> str: # such as "65 MiB"
     "Bytes in words."

@@ -41,11 +41,12 @@ def whole_adapter(model: nn.Module # a PEFT model, sharded or not
     found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
     return {k: v.clone() for k, v in found.items() if "lora_" in k}  # buffers come along; on a CPU a tensor may not have arrived yet, which a copy waits for
 
-# %% ../nbs/02g_shards.ipynb #1d6bcc2e
+# %% ../nbs/02g_shards.ipynb #8d1d1fb2
 def is_sharded(trainer) -> bool: # False: a copy of the model in each process
     "Whether a trainer's processes have a share of the weights each."
     return bool(trainer.args.fsdp_plugin_args)
 
+# %% ../nbs/02g_shards.ipynb #6964f8c8
 def shard(trainer) -> None: # a `transformers.Trainer` around a PEFT model; changed in place
     "Let a trainer with `fsdp_settings` save the adapter alone, also on CPUs; nothing to do for others."
     if not is_sharded(trainer): return
