@@ -420,7 +420,7 @@ def choose_parallel(model: nn.Module, # without LoRA, on the meta device
 # %% ../nbs/02d_plan.ipynb #c4f135ae
 CODE = {"kernels": "transformers' experts", "experts": "grouped experts", "whole": "whole blocks"}  # ways that a recipe can go or could, from the first to today's
 
-# %% ../nbs/02d_plan.ipynb #72f8a7cb
+# %% ../nbs/02d_plan.ipynb #8f188f48
 def nearest_measurement(total: int, # the model's parameters
                         recipe: Recipe, tokens: int # of the usual micro-batch, padding included
                        ) -> tuple[pd.Series, bool] | None: # a row of `measured_rows`, and whether it is the recipe's own case; none: never measured
@@ -430,7 +430,7 @@ def nearest_measurement(total: int, # the model's parameters
     way = 0 if recipe.fast == "off" else ways.index("whole")
     other = 1.0 * (rows.gradient_checkpointing != recipe.gradient_checkpointing) + 0.5 * (rows.way.map(ways.index) - way).abs()
     other += 0.5 * rows.lora_targets.map(lambda t: set(t) != set(recipe.lora_targets)) + 0.2 * (rows.lora_r != recipe.lora_r)
-    other += 0.1 * rows.commit.isna() + 0.2 * (rows.packed != will_pack(recipe)) + 0.5 * (rows.dtype != recipe.dtype)
+    other += 0.1 * rows.commit.isna() + 0.2 * (rows.packed != will_pack(recipe)) + 0.5 * (rows.dtype != recipe.dtype) + 0.5 * (rows.quantization != recipe.quantization)
     distance = other + np.abs(np.log(rows.tokens / tokens))
     return rows.loc[distance.idxmin()], bool(distance.min() < 0.2)
 
@@ -441,7 +441,7 @@ def count_steps(recipe: Recipe, rows: int, # an epoch's examples; 0: not known
     if recipe.max_steps > 0: return recipe.max_steps
     return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * gpus) * recipe.num_train_epochs)
 
-# %% ../nbs/02d_plan.ipynb #d484876f
+# %% ../nbs/02d_plan.ipynb #b31e260d
 def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: not known
               gpus: int) -> str: # lines
     "How long a run takes, from the nearest measurement."
@@ -453,7 +453,7 @@ def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: n
     hours = f", so {steps * recipe.gradient_accumulation_steps * seconds / 3600:.1f} h for {steps:,} steps" if steps else ""
     batch = f"{row['rows']} examples in a row, {row.tokens:,} tokens" if row.packed else f"{row['rows']} × {row.length:,} tokens"
     return (f"Time: {'measured' if own else 'estimated'} {seconds:.2f} s a micro-batch{hours}{', GPUs not waiting for each other' * (gpus > 1)}\n  from {row.tokens_per_s:,} tokens/s measured on one {row.gpu}: {batch}, "
-            f"checkpointing {'on' if row.gradient_checkpointing else 'off'}, {CODE[row.way]}, {row.weights} weights\n  ({row.date}, commit {row.commit if isinstance(row.commit, str) else 'not recorded'}, {row.source})")
+            f"checkpointing {'on' if row.gradient_checkpointing else 'off'}, {CODE[row.way]}{', 8-bit floats' * (row.quantization == 'fp8')}, {row.weights} weights\n  ({row.date}, commit {row.commit if isinstance(row.commit, str) else 'not recorded'}, {row.source})")
 
 # %% ../nbs/02d_plan.ipynb #67b48770
 def kinds_table(model: nn.Module # without LoRA; may live on the meta device
