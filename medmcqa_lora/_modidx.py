@@ -171,6 +171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.data.find_problems': ('data.html#find_problems', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.fingerprint': ('data.html#fingerprint', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.flatten': ('data.html#flatten', 'medmcqa_lora/data.py'),
+                                   'medmcqa_lora.data.forget_oldest': ('data.html#forget_oldest', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.identity': ('data.html#identity', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.load_evaluation': ('data.html#load_evaluation', 'medmcqa_lora/data.py'),
                                    'medmcqa_lora.data.load_pair': ('data.html#load_pair', 'medmcqa_lora/data.py'),
