@@ -6,9 +6,8 @@
 __all__ = ['BINS', 'letter_logits', 'letter_probabilities', 'brier', 'nll', 'reliability', 'expected_error', 'fit_temperature',
            'halves', 'measures', 'calibration', 'plot_reliability']
 
-# %% ../nbs/04e_calibration.ipynb #8e55ca43
-import math
-from pathlib import Path
+# %% ../nbs/04e_calibration.ipynb #940132bc
+import hashlib, math
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from scipy import optimize, special
@@ -65,11 +64,10 @@ def fit_temperature(logits: np.ndarray, # (N, 4)
     found = optimize.minimize_scalar(lambda t: nll(letter_probabilities(logits, math.exp(t)), right), bounds=(math.log(0.05), math.log(20)), method="bounded")
     return float(math.exp(found.x))
 
-# %% ../nbs/04e_calibration.ipynb #871d2177
+# %% ../nbs/04e_calibration.ipynb #250c68b5
 def halves(predictions: list[dict] # lines of predictions.jsonl
           ) -> tuple[list[dict], list[dict]]: # to fit, to report
     "Two halves that don't depend on the order of the rows, nor on anything in them but the ids."
-    import hashlib
     ordered = sorted(predictions, key=lambda q: hashlib.sha256(q["id"].encode()).hexdigest())
     return ordered[::2], ordered[1::2]
 

@@ -7,12 +7,12 @@ __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'AT_A_T
            'read_file', 'read_source', 'flatten', 'settle_base', 'read_answer', 'identity', 'fingerprint',
            'to_question', 'find_problems', 'describe', 'distinct_ids', 'Loaded', 'load_questions', 'load_evaluation',
            'load_pair', 'to_frame', 'plot_questions', 'effective_target', 'question_text', 'render_prompt',
-           'render_target', 'sample_tokenizer', 'encode', 'encode_examples', 'shorten', 'Encoded', 'encoded_stream',
-           'read_encoded', 'encoding_key', 'forget_oldest', 'encode_questions', 'Example', 'show_example', 'Gallery',
-           'show_styles']
+           'render_target', 'with_examples', 'sample_tokenizer', 'encode', 'encode_examples', 'shorten', 'Encoded',
+           'encoded_stream', 'read_encoded', 'encoding_key', 'forget_oldest', 'encode_questions', 'Example',
+           'show_example', 'Gallery', 'show_styles']
 
-# %% ../nbs/01_data.ipynb #1778d6d1
-import csv, hashlib, importlib.metadata, io, json, os
+# %% ../nbs/01_data.ipynb #24ba4a37
+import csv, hashlib, importlib.metadata, io, json, os, random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +22,7 @@ from pathlib import Path
 from .files import write_whole
 from .recipe import Recipe, shipped
 
-# %% ../nbs/01_data.ipynb #397950ad
+# %% ../nbs/01_data.ipynb #e8f1acdc
 LETTERS = "ABCD"
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class Question:
     explanation: str = ""  # why the answer is right
     split: str = ""  # "train", "validation" or empty
     where: str = ""  # such as "line 12"
+    shown: tuple["Question", ...] = ()  # worked examples, to stand before it when it is asked
 
 # %% ../nbs/01_data.ipynb #6441d0e7
 def _json_records(file, name: str) -> list[tuple[str, dict]]: # of an open text file
@@ -336,16 +337,19 @@ def question_text(q: Question, style: str) -> str: # ends in a line break
     "Stem and options, before the word that asks for the answer."
     return f"Question: {q.question}\n" + "Choices:\n" * (style == "lm_eval") + "".join(f"{c}. {o}\n" for c, o in zip(LETTERS, q.options))
 
-# %% ../nbs/01_data.ipynb #1b87434f
+# %% ../nbs/01_data.ipynb #dd21cb73
 def render_prompt(q: Question, style: str, # prompt_style of the recipe
                   tokenizer=None, # needed for style chat
                   target: str = "letter" # what is asked for
                  ) -> str: # text up to the answer
     "The prompt of a question; raises `ValueError` for chat without a chat template."
     asked = effective_target(q, target)
-    if style != "chat": return question_text(q, style) + ("Explanation:" if asked == "explanation_then_letter" else "Answer:")
+    if style != "chat":
+        before = "".join(f"{render_prompt(e, style, target=target)}{render_target(e, target, style)}\n\n" for e in q.shown)
+        return before + question_text(q, style) + ("Explanation:" if asked == "explanation_then_letter" else "Answer:")
     if not getattr(tokenizer, "chat_template", None): raise ValueError("prompt_style = chat: this tokenizer has no chat template; use plain")
-    return tokenizer.apply_chat_template([{"role": "user", "content": question_text(q, style) + ASK[asked]}], tokenize=False, add_generation_prompt=True)
+    turns = [(role, text) for e in q.shown for role, text in (("user", question_text(e, style) + ASK[effective_target(e, target)]), ("assistant", render_target(e, target, style)))]
+    return tokenizer.apply_chat_template([dict(role=r, content=t) for r, t in (*turns, ("user", question_text(q, style) + ASK[asked]))], tokenize=False, add_generation_prompt=True)
 
 # %% ../nbs/01_data.ipynb #7213b7d3
 def render_target(q: Question, # labelled
@@ -357,6 +361,18 @@ def render_target(q: Question, # labelled
     text = {"letter": letter, "letter_and_text": f"{letter}. {q.options[q.answer]}",
             "explanation_then_letter": f"{q.explanation}\nAnswer: {letter}"}[effective_target(q, target)]
     return text if style == "chat" else " " + text
+
+# %% ../nbs/01_data.ipynb #50a9c789
+def with_examples(questions: list[Question], # about to be asked
+                  recipe: Recipe # whose shots, training rows and seed
+                 ) -> list[Question]: # the same, with worked examples
+    "Questions with the recipe's worked examples before them; raises `ValueError` where there are too few."
+    if not recipe.shots: return questions
+    asked = {identity(q) for q in questions}
+    pool = [q for q in load_pair(recipe)[0].questions if identity(q) not in asked]
+    if len(pool) < recipe.shots: raise ValueError(f"shots = {recipe.shots}: {recipe.data} has {len(pool)} training rows that are not asked; take fewer, or other training rows")
+    shown = tuple(random.Random(recipe.seed).sample(pool, recipe.shots))
+    return [replace(q, shown=shown) for q in questions]
 
 # %% ../nbs/01_data.ipynb #fdcf9826
 def sample_tokenizer(vocab_size: int = 1024 # tokens, at most

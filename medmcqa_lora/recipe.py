@@ -27,7 +27,7 @@ class ModelKeys:
     weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
     fast: Literal["auto", "off", "require"] = "auto"  # fused kernels, grouped experts, variable-length attention: what there is, nothing of our own, or stop without the kernels
 
-# %% ../nbs/00_recipe.ipynb #92325826
+# %% ../nbs/00_recipe.ipynb #c3c6042a
 @dataclass(kw_only=True)
 class DataKeys:
     "Which questions a run sees, and how one is written as text."
@@ -40,6 +40,7 @@ class DataKeys:
     max_eval_rows: int | None = None  # evaluation rows, likewise
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written
     target: Literal["letter", "letter_and_text", "explanation_then_letter"] = "letter"  # what the model is to answer
+    shots: int = 0  # worked examples before each question that is scored, from the training rows
     max_length: int = 512  # tokens; a longer training example is left out and counted
     packing: Literal["auto", "on", "off"] = "auto"  # a batch's examples in one row, without padding; auto: where they are kept apart (and, to score, need no mask)
 
@@ -135,14 +136,14 @@ def fits(value, # any object
     if kind in (int, float) and isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind)
 
-# %% ../nbs/00_recipe.ipynb #1b525f8a
+# %% ../nbs/00_recipe.ipynb #28fb5343
 POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit",
             "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience")
 
 LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow one by one
 
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
+NOT_NEGATIVE = ("shots", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
 # %% ../nbs/00_recipe.ipynb #2cca7051
 RULES = (  # key, holds, what to do
