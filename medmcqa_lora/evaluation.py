@@ -306,7 +306,7 @@ def views_table(summary: dict # of an evaluation
     rows = [f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {note} |" for name, (s, note) in view_rows(summary).items()]
     return "\n".join([f"| view (n = {summary['n']:,}) | accuracy | 95% interval | |", "|---|---|---|---|", f"| always one letter | {summary['majority_baseline']:.2%} | | |", *rows])
 
-# %% ../nbs/04_evaluation.ipynb #961c940a
+# %% ../nbs/04_evaluation.ipynb #fca2006b
 def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the same questions
               ) -> Figure: # a row a view, a colour a model
     "Accuracy by each way of asking with 95% intervals, and the majority baseline."
@@ -317,7 +317,8 @@ def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the
         for name, (s, note) in rows.items():
             x, y, (low, high) = s["accuracy"] * 100, names.index(name) + 0.25 * (k - (len(summaries) - 1) / 2), (100 * e for e in s["ci95"])
             ax.errorbar(x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], fmt="o", ms=4, capsize=2, color=f"C{k}", label=label if name == "letters" else None)
-            ax.annotate(f"{x:.1f}%" + f", {note}" * (name == "generation"), (high, y), (6, 0), textcoords="offset points", va="center", fontsize=8, color=f"C{k}")
+            place = dict(xy=(high, y), xytext=(6, 0), ha="left") if high < 70 else dict(xy=(low, y), xytext=(-6, 0), ha="right")  # where there is room
+            ax.annotate(f"{x:.1f}%" + f", {note}" * (name == "generation"), **place, textcoords="offset points", va="center", fontsize=8, color=f"C{k}", bbox=dict(fc="white", ec="none", pad=1))
     ax.axvline(first["majority_baseline"] * 100, ls=":", color="grey", label=f"always one letter ({first['majority_baseline']:.1%})")
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102), xlabel="accuracy, % (95% Wilson interval)", title=f"The same {first['n']:,} questions, asked in {len(names)} ways")
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)

@@ -213,15 +213,15 @@ def choose_sharing(model: nn.Module, # with or without LoRA
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     return error <= SHARING_TOLERANCE[half], f"the cache's numbers are {error:.0e} nats a token from those without it"
 
-# %% ../nbs/04b_options.ipynb #0de757e1
+# %% ../nbs/04b_options.ipynb #7c651a21
 def record_sharing(folder: Path, # begun
                    shared: bool # from `choose_sharing`
                   ) -> bool: # what is recorded
     "Add to evaluation.json whether options share their prompt's pass, unless it is there."
     file = folder / "evaluation.json"
-    settings = {"shared_prompt": shared} | json.loads(file.read_text())
-    write_json(file, settings)
-    return settings["shared_prompt"]
+    settings = json.loads(file.read_text())
+    write_json(file, settings | dict(shared_prompt=settings.get("shared_prompt", shared)))
+    return settings.get("shared_prompt", shared)
 
 # %% ../nbs/04b_options.ipynb #f9892ca4
 def was_shared(folder: Path) -> bool: # whether options share their prompt's pass
