@@ -133,7 +133,7 @@ def prediction(q: Question, logprobs: list[float]) -> dict: # as written to pred
     return dict(id=q.id, subject=q.subject, answer=LETTERS[q.answer], prediction=best,
                 logprobs=dict(zip(LETTERS, (round(x, 6) for x in logprobs))), correct=best == LETTERS[q.answer])
 
-# %% ../nbs/04_evaluation.ipynb #6feb1cce
+# %% ../nbs/04_evaluation.ipynb #b526d019
 def records_file(folder: Path, # of an evaluation
                  kind: str = "predictions", # or "options", "generations"
                  rank: int = 0 # the process
@@ -288,7 +288,7 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #a9b0145a
+# %% ../nbs/04_evaluation.ipynb #c82fdf05
 def view_rows(summary: dict # of an evaluation
              ) -> dict[str, tuple[dict, str]]: # name -> n, accuracy and ci95; a note
     "Each way of asking that a summary holds."
@@ -299,14 +299,14 @@ def view_rows(summary: dict # of an evaluation
     if g := summary.get("generation"): rows["generation"] = g, f"unparseable answers {g['unparseable']:.1%}"
     return rows
 
-# %% ../nbs/04_evaluation.ipynb #a7516170
+# %% ../nbs/04_evaluation.ipynb #558d0c0c
 def views_table(summary: dict # of an evaluation
                ) -> str: # a Markdown table
     "Accuracy by each way of asking, with intervals, beside the baseline."
     rows = [f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {note} |" for name, (s, note) in view_rows(summary).items()]
     return "\n".join([f"| view (n = {summary['n']:,}) | accuracy | 95% interval | |", "|---|---|---|---|", f"| always one letter | {summary['majority_baseline']:.2%} | | |", *rows])
 
-# %% ../nbs/04_evaluation.ipynb #fca2006b
+# %% ../nbs/04_evaluation.ipynb #06c5c4e2
 def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the same questions
               ) -> Figure: # a row a view, a colour a model
     "Accuracy by each way of asking with 95% intervals, and the majority baseline."
@@ -325,7 +325,7 @@ def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #1514d48f
+# %% ../nbs/04_evaluation.ipynb #5094ff54
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -333,12 +333,13 @@ def begin_evaluation(folder: Path, # made if missing
                      resume: bool # go on with what is there
                     ) -> None:
     "Write evaluation.json, or check that a resumed evaluation is the same one; raises `ValueError`."
-    keep = ("model", "tokenizer", "backend", "dtype", "quantization", "attn_implementation", "prompt_style", "target")  # what decides a score
+    keep = ("model", "tokenizer", "backend", "dtype", "quantization", "attn_implementation", "prompt_style", "target", "shots")  # what decides a score
     if recipe.weights == "random": keep += ("weights", "seed")
     settings = {k: getattr(recipe, k) for k in keep} | dict(adapter=adapter, data_sha256=fingerprint(questions))
+    if recipe.shots: settings["shown"] = [q.id for q in questions[0].shown]
     file = folder / "evaluation.json"
     if resume and file.exists():
-        before = json.loads(file.read_text())
+        before = dict(quantization="none", shots=0) | json.loads(file.read_text())  # which older ones don't name
         settings = dict.fromkeys(("weights", "seed"), None) | settings
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")
@@ -364,7 +365,7 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #932027b3
+# %% ../nbs/04_evaluation.ipynb #7e989fd6
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
@@ -467,7 +468,7 @@ def verdict(c: Comparison) -> str: # two or three sentences
     third = f" Probability on the four letters went from {c.letter_mass[0]:.2f} to {c.letter_mass[1]:.2f}: the answer's format was learnt." if moved else ""
     return f"{first} {second}{third}"
 
-# %% ../nbs/04_evaluation.ipynb #9cdc08e4
+# %% ../nbs/04_evaluation.ipynb #e5351705
 def comparison_table(c: Comparison, base: dict, tuned: dict) -> str: # a Markdown table
     "Accuracy of both models with intervals, beside the baseline; a further view's rows where both have it."
     def row(name, s, format): return f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {format} |"

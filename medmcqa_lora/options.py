@@ -22,17 +22,18 @@ from .kernels import fill_row, packing_collator, row_multiple
 from .evaluation import PADDED_MULTIPLE, even_batches, fetch, length_batches, pad_right, run_batches, send, share
 from .generation import pad_left
 
-# %% ../nbs/04b_options.ipynb #e40cb36e
+# %% ../nbs/04b_options.ipynb #7c9792a9
 ASK_TEXT = "Answer with the text of the answer alone."  # for chat
 
 def options_prompt(q: Question, style: str, # prompt_style of the recipe
                    tokenizer=None # needed for style chat
                   ) -> tuple[str, str]: # the prompt, and what stands between it and an option's text
-    "A question's stem as a prompt; raises `ValueError` for chat without a chat template."
-    if style != "chat": return f"Question: {q.question}\nAnswer:", " "
+    "A question's stem as a prompt, behind its worked examples; raises `ValueError` for chat without a chat template."
+    if style != "chat": return "".join(f"Question: {e.question}\nAnswer: {e.options[e.answer]}\n\n" for e in q.shown) + f"Question: {q.question}\nAnswer:", " "
     if not getattr(tokenizer, "chat_template", None): raise ValueError("prompt_style = chat: this tokenizer has no chat template; use plain")
-    asked = [{"role": "user", "content": f"Question: {q.question}\n{ASK_TEXT}"}]
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True), ""
+    def ask(e): return dict(role="user", content=f"Question: {e.question}\n{ASK_TEXT}")
+    turns = [turn for e in q.shown for turn in (ask(e), dict(role="assistant", content=e.options[e.answer]))]
+    return tokenizer.apply_chat_template([*turns, ask(q)], tokenize=False, add_generation_prompt=True), ""
 
 # %% ../nbs/04b_options.ipynb #0f1c10e3
 def encode_options(questions: list[Question], tokenizer, recipe: Recipe) -> tuple[list[list[int]], list[list[list[int]]]]: # N × (T,) ids of what options share; N × 4 × (t,) ids to be scored
