@@ -473,6 +473,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'medmcqa_lora.leakage.as_it_is': ('leakage.html#as_it_is', 'medmcqa_lora/leakage.py'),
                                       'medmcqa_lora.leakage.check_new_file': ('leakage.html#check_new_file', 'medmcqa_lora/leakage.py'),
                                       'medmcqa_lora.leakage.count_overlaps': ('leakage.html#count_overlaps', 'medmcqa_lora/leakage.py'),
+                                      'medmcqa_lora.leakage.cut': ('leakage.html#cut', 'medmcqa_lora/leakage.py'),
                                       'medmcqa_lora.leakage.describe_overlaps': ( 'leakage.html#describe_overlaps',
                                                                                   'medmcqa_lora/leakage.py'),
                                       'medmcqa_lora.leakage.drop_overlaps': ('leakage.html#drop_overlaps', 'medmcqa_lora/leakage.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEN', 'SPACED', 'NEAR', 'BANDS', 'ROWS', 'KINDS', 'MEANING', 'DROPS', 'SHARED', 'as_it_is', 'Seen', 'Spaced',
            'normalise', 'overlap_key', 'shingles', 'jaccard', 'sketches', 'near_pairs', 'same_pairs',
-           'overlapping_pairs', 'Overlap', 'Overlaps', 'find_overlaps', 'count_overlaps', 'in_a_line', 'name_row',
-           'overlap_examples', 'describe_overlaps', 'check_new_file', 'write_overlaps', 'drop_overlaps',
+           'overlapping_pairs', 'Overlap', 'Overlaps', 'find_overlaps', 'count_overlaps', 'cut', 'in_a_line',
+           'name_row', 'overlap_examples', 'describe_overlaps', 'check_new_file', 'write_overlaps', 'drop_overlaps',
            'overlap_record', 'overlap_words']
 
 # %% ../nbs/01e_leakage.ipynb #d6ccb8aa
@@ -148,12 +148,18 @@ def count_overlaps(found: Overlaps) -> pd.DataFrame: # index: kinds; columns: tr
     counts = {name: Counter(o.kind for o in side.values()) for name, side in sides.items()}
     return pd.DataFrame({name: [c[kind] for kind in found.kinds] for name, c in counts.items()}, index=[*found.kinds])
 
-# %% ../nbs/01e_leakage.ipynb #38a7f6f3
-def in_a_line(q, width: int = 150 # characters
+# %% ../nbs/01e_leakage.ipynb #ca9a54ef
+def cut(text: str, width: int # characters
+       ) -> str: # at most so many
+    "A text's beginning, to be shown."
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+def in_a_line(q, width: int = 170 # characters, three fifths of them for the stem
              ) -> str: # stem and options, with bars between
     "A question's text to be shown, in one line."
-    text = visible(" | ".join(as_it_is(q)))
-    return text if len(text) <= width else text[:width - 1] + "…"
+    stem, *options = map(visible, as_it_is(q))
+    stem = cut(stem, max(width * 3 // 5, width - 3 - len(" | ".join(options))))
+    return cut(f"{stem} | {' | '.join(options)}", width)
 
 # %% ../nbs/01e_leakage.ipynb #4b3f0808
 def name_row(q) -> str: # such as "line 12 (q7)"
