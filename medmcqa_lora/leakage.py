@@ -174,7 +174,7 @@ def overlap_examples(found: Overlaps, show: int = 3 # of each kind, the most ali
     columns = ["kind", "similarity", "training", "evaluation", "training row", "evaluation row"]
     return pd.DataFrame([(o.kind, round(o.similarity, 2), in_a_line(o.training), in_a_line(o.evaluation), name_row(o.training), name_row(o.evaluation)) for o in chosen], columns=columns)
 
-# %% ../nbs/01e_leakage.ipynb #6ce7f000
+# %% ../nbs/01e_leakage.ipynb #b87e7cf1
 MEANING = {"exact": "stem and options as they are", "normalised": "but for case, punctuation or the options' order",
            "near": f"Jaccard ≥ {NEAR} of words and pairs of words", "options": "the same four options, another stem"}
 
@@ -182,7 +182,7 @@ def describe_overlaps(found: Overlaps, against: str, # the evaluation rows' sour
                       show: int = 3 # examples of each kind
                      ) -> str: # lines
     "Counts by kind and examples, as text."
-    shares = lambda counts: "".join(f"{f'{c:,} of {n:,} ({c / n:.2%})':>30}" for c, n in zip(counts, found.rows))
+    shares = lambda counts: "".join(f"{f'{c:,} of {n:,} ({c / (n or 1):.2%})':>30}" for c, n in zip(counts, found.rows))
     lines = [f"overlap with {against}; a row counts once, under its closest kind", f"{'':<60}{'training rows':>30}{'evaluation rows':>30}"]
     lines += [f"  {kind:<12}{MEANING[kind]:<46}{shares(counts)}" for kind, counts in zip(found.kinds, count_overlaps(found).itertuples(index=False))]
     for r in overlap_examples(found, show).itertuples(index=False):
