@@ -143,12 +143,13 @@ def test_many_equal_options_cost_little():
     assert count_overlaps(found).loc["options"].tolist() == [20_000, 2000]
 
 
-def test_every_process_finds_the_same(tmp_path):
+def test_every_process_has_the_same_sketches():
     """Ranks and resumed runs must leave out the same rows, whatever Python's own hashes are."""
-    code = "from tests.test_leakage import *; print(sorted((i, o.kind, o.similarity, o.evaluation.id) for i, o in find_overlaps([PLANTED[c][1](q) for c in ('one option', 'another stem') for q in HELD], HELD).training.items()))"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
+    code = ("from medmcqa_lora.data import load_questions; from medmcqa_lora.leakage import overlap_key, shingles, sketches\n"
+            "print([s.digest().tolist() for s in sketches(shingles(overlap_key(q)) for q in load_questions('sample').questions[:20])])")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     printed = {subprocess.run([sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True, cwd=ROOT).stdout for seed in ("1", "2")}
-    assert len(printed) == 1 and "near" in printed.pop()
+    assert len(printed) == 1 and len(json.loads(printed.pop())) == 20
 
 
 def all_near_pairs(training: list, evaluation: list) -> set[tuple[int, int]]:
@@ -263,7 +264,7 @@ def test_compare_without(cli, tmp_path):
         (tmp_path / name / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
         write_evaluation(tmp_path / name, predictions, HELD, "toy", None)
     assert LETTERS == "ABCD"
-    (tmp_path / "seen.jsonl").write_text("".join(json.dumps({"id": q.id, "kind": "near"}) + "\n" for q in HELD[:20]))
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps({"id": q.id, "kind": "near"}) + "\n" for q in HELD[:20]) + json.dumps({"id": HELD[20].id, "kind": "options"}) + "\n")
     (tmp_path / "others.jsonl").write_text('{"id": "another", "kind": "near"}\n')
     both = (tmp_path / "base", tmp_path / "tuned")
     one_line(cli("compare", *both, "--without", tmp_path / "others.jsonl", "--out", tmp_path / "out"), "none of its 1 questions was scored")
@@ -274,4 +275,5 @@ def test_compare_without(cli, tmp_path):
     assert "20 of 80 questions overlap" in out and "without them the difference is +0.00 points instead of +18.75" in out
     parts = json.loads((tmp_path / "out/overlap.json").read_text())["parts"]
     assert parts["rest"]["n"] == 60 and parts["rest"]["base"] == parts["rest"]["tuned"] and parts["rest"]["base"]["accuracy"] == 0.25
+    assert parts["options alone, in the rest"]["n"] == 1 and parts["overlapping"]["difference"] == 0.75 and 0 < parts["overlapping"]["difference_ci95"][0] <= 0.75
     assert parts["overlapping"]["tuned"]["ci95"] == [0.838875, 1.0]  # Wilson for 20 of 20: 1 / (1 + 1.96**2 / 20)
