@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run', 'report_in_card',
-           'compare', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
+           'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
+           'report_in_card', 'compare', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
 
-# %% ../nbs/06_cli.ipynb #c31734e5
+# %% ../nbs/06_cli.ipynb #889d78ba
 import sys
 from pathlib import Path
 from typing import Annotated
 import typer
+from .files import visible
 from .launch import Interrupted, LaunchError
 from .recipe import Recipe, load_recipe
 
@@ -51,27 +52,38 @@ def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
     from medmcqa_lora import __version__
     if version: print(__version__); raise typer.Exit()
 
-# %% ../nbs/06_cli.ipynb #5a11cb9f
-def say(text: str = "") -> None: print(text, flush=True)  # before a child process writes to the same terminal
+# %% ../nbs/06_cli.ipynb #704119e5
+def say(text: str = "") -> None: print(visible(text, keep="\n"), flush=True)  # before a child process writes to the same terminal
 
-# %% ../nbs/06_cli.ipynb #7de4e3e0
-@app.command()
-def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.parquet file, `sample`, or a hub id.")],
-               against: Annotated[str | None, typer.Option(help="Evaluation rows: report questions that are in both.")] = None,
-               label_base: Annotated[str, typer.Option(help="Number of the first option in cop: auto, 0 or 1.")] = "auto",
-               split: Annotated[str, typer.Option(help="Split of the source, where it has splits.")] = "") -> None:
-    "Validate rows: counts per problem with the first offending ids and lines."
-    from medmcqa_lora.data import fingerprint, identity, load_questions
+# %% ../nbs/06_cli.ipynb #8057b737
+def check_source(source: str, split: str, label_base: str) -> list: # the usable questions
+    "Load a source and print what is wrong with it; raises `ValueError` if nothing is usable."
+    from medmcqa_lora.data import fingerprint, load_questions
     if label_base not in ("auto", "0", "1"): raise ValueError(f"--label-base {label_base}: is not auto, 0 or 1")
     loaded = load_questions(source, split, label_base)
     say(f"{source}: {len(loaded.questions):,} of {loaded.read:,} rows usable; answers counted from {loaded.base}\nsha256 {fingerprint(loaded.questions)} (order of rows doesn't matter)")
     for name, rows in loaded.problems.items():
         say(f"  {name}: {len(rows)}, first {', '.join(f'{q.where} ({q.id})' for q in rows[:3])}")
     if not loaded.problems: say("  no problems")
-    if against:
-        held_out = {identity(q): q for q in load_questions(against, "", label_base).questions}
-        both = [q for q in loaded.questions if identity(q) in held_out]
-        say(f"  also in {against}: {len(both)}" + "".join(f"\n    {q.where} ({q.id}) = {held_out[identity(q)].where} ({held_out[identity(q)].id})" for q in both[:3]))
+    return loaded.questions
+
+@app.command()
+def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.parquet file, `sample`, or a hub id.")],
+               against: Annotated[str | None, typer.Option(help="Evaluation rows: report training rows that are among them, exactly or nearly.")] = None,
+               label_base: Annotated[str, typer.Option(help="Number of the first option in cop: auto, 0 or 1.")] = "auto",
+               split: Annotated[str, typer.Option(help="Split of the source, where it has splits.")] = "",
+               against_split: Annotated[str, typer.Option(help="Split of --against, likewise.")] = "",
+               out: Annotated[Path | None, typer.Option("--out", help="A new file: the evaluation rows that overlap, for compare --without.")] = None) -> None:
+    "Validate rows: counts per problem with the first offending ids and lines; overlap with evaluation rows."
+    from medmcqa_lora.leakage import check_new_file, describe_overlaps, find_overlaps, write_overlaps
+    if not against and (out or against_split): raise ValueError(f"{'--out' if out else '--against-split'}: goes with --against")
+    if out: check_new_file(out)
+    questions = check_source(source, split, label_base)
+    if not against: return
+    say()
+    found = find_overlaps(questions, check_source(against, against_split, label_base))
+    say(f"\n{describe_overlaps(found, against)}")
+    if out: say(f"listed  {write_overlaps(out, found)}: {len(found.evaluation):,} evaluation rows")
 
 # %% ../nbs/06_cli.ipynb #182ce987
 @app.command()
@@ -127,15 +139,19 @@ def report_in_card(run: Path, text: str # Markdown
     write_whole(run / "comparison.md", text)
     return write_card(run)
 
-# %% ../nbs/06_cli.ipynb #89e3c598
+# %% ../nbs/06_cli.ipynb #3c6626e2
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
-            out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None) -> None:
+            out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None,
+            without: Annotated[Path | None, typer.Option("--without", help="A list from check-data --against … --out: accuracies with and without these questions, too.")] = None) -> None:
     "Paired comparison of two evaluations of the same questions."
+    from medmcqa_lora import overlap
     from medmcqa_lora.evaluation import write_comparison
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    say(text := write_comparison(base_dir, tuned_dir, out))
+    if without: parts = overlap.score_without(base_dir, tuned_dir, without, out)
+    text = write_comparison(base_dir, tuned_dir, out) + (f"\n{parts}" if without else "")
+    say(text)
     if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
@@ -222,11 +238,11 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     write_card(folder, text)
     say(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #13d2c3ff
+# %% ../nbs/06_cli.ipynb #3b642eaf
 def one_line(e: BaseException) -> str: # what, where, what to do
     "A user's error in one line, without control characters."
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return visible(" ".join(text.split()))
 
 # %% ../nbs/06_cli.ipynb #85d24e2a
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
