@@ -134,6 +134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medmcqa_lora.cli.one_line': ('cli.html#one_line', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.plan': ('cli.html#plan', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.recipe_of': ('cli.html#recipe_of', 'medmcqa_lora/cli.py'),
+                                  'medmcqa_lora.cli.report': ('cli.html#report', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.report_in_card': ('cli.html#report_in_card', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.say': ('cli.html#say', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.train': ('cli.html#train', 'medmcqa_lora/cli.py'),

@@ -186,7 +186,7 @@ def published_rows() -> list[dict]: # two, with a value for each of COLUMNS
                     gpu_hours=float(p["gpus"] * p["training_time_hours"]) if tuned else None, hardware=p["hardware"].replace(" x ", " × ") if tuned else None))
     return rows
 
-# %% ../nbs/04e_report.ipynb #a95f334c
+# %% ../nbs/04e_report.ipynb #e9f66e40
 def leaderboard(root: Path, # holds runs and evaluations, at any depth; may be missing or empty
                 with_published: bool = True # rows of the published models, too
                ) -> tuple[pd.DataFrame, list[str]]: # COLUMNS, sorted by questions and accuracy; why folders were left out
@@ -195,5 +195,5 @@ def leaderboard(root: Path, # holds runs and evaluations, at any depth; may be m
     for file in sorted(root.rglob("summary.json")):
         try: rows.append(leaderboard_row(file.parent, root))
         except (ValueError, OSError) as e: left_out.append(str(e))
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"tokens": "Int64", "gpu_hours": "Float64"})  # that may be missing
     return table.sort_values(["n", "questions", "accuracy", "name"], ascending=[False, True, False, True], ignore_index=True), left_out
