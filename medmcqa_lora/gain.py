@@ -45,7 +45,7 @@ def letter_logprobs_of(lines: list[dict], # predictions
     if not np.isfinite(found).all(): raise ValueError(f"{file}: question {lines[int(np.isfinite(found).all(1).argmin())]['id']} has log-probabilities that are not finite; evaluate again")
     return found
 
-# %% ../nbs/04d_gain.ipynb #8a552bdc
+# %% ../nbs/04d_gain.ipynb #fa5b356f
 def read_reference(folder: Path, base: dict) -> dict[str, bool]: # id -> correct; `base`: the base's summary
     "Another evaluation of the base model; raises `ValueError` if it is of another model or of other questions."
     lines, summary = read_evaluation(folder)
@@ -54,6 +54,7 @@ def read_reference(folder: Path, base: dict) -> dict[str, bool]: # id -> correct
     if summary["data_sha256"] != base["data_sha256"]: raise ValueError(f"--format-reference {folder}: its questions are not the base's; evaluate both on the same rows")
     return correct_by_id(lines, folder / "predictions.jsonl")
 
+# %% ../nbs/04d_gain.ipynb #23c6e397
 def read_options(folder: Path # of the base's evaluation
                 ) -> dict[str, bool]: # id -> correct
     "The base's answers by the likelihood of the options' texts; raises `ValueError` for a line that isn't one."
@@ -100,16 +101,18 @@ def resampled_parts(a: Answers, # both models and the references
     best, base, tuned = np.max(reached, 0), reached[0], a.tuned[i].sum(-1)
     return np.stack([tuned - base, best - base, tuned - best]) / i.shape[-1]
 
-# %% ../nbs/04d_gain.ipynb #3d7c30b9
+# %% ../nbs/04d_gain.ipynb #68461888
 def paired_p(after: np.ndarray, before: np.ndarray) -> float: # (n,) each: right or wrong
     "McNemar's exact p-value of two models' answers."
     return mcnemar(int((after & ~before).sum()), int((before & ~after).sum()))
 
+# %% ../nbs/04d_gain.ipynb #887f5055
 def format_p(base: np.ndarray, references: list[np.ndarray]) -> float: # (n,) each
     "The smallest Holm-corrected p-value of a reference that beats the base; 1 if none does."
     adjusted = holm([paired_p(r, base) for r in references])
     return min([p for p, r in zip(adjusted, references) if r.sum() > base.sum()], default=1.0)
 
+# %% ../nbs/04d_gain.ipynb #bb82f399
 def rest_p(tuned: np.ndarray, references: list[np.ndarray]) -> float: # (n,) each; the base is one of the references
     "For a tuned model above all references the largest p-value; else the smallest Holm-corrected one of those above it."
     p_values = [paired_p(tuned, r) for r in references]

@@ -22,11 +22,12 @@ def published() -> dict: # as in assets/published.json; pairs are (base, tuned)
     "The published accuracies and the counts behind them."
     return json.loads(shipped("assets/published.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/04e_report.ipynb #9e3187d1
+# %% ../nbs/04e_report.ipynb #e86e52a6
 def counted(correct: int, n: int) -> dict: # n, accuracy, ci95
     "An accuracy with its interval, from counts."
     return dict(n=n, accuracy=round(correct / n, 6), ci95=wilson(correct, n))
 
+# %% ../nbs/04e_report.ipynb #123a5d43
 def published_summaries() -> dict[str, dict]: # label -> summary: published base, published tuned
     "The published models as summaries."
     p = published()
@@ -57,9 +58,13 @@ def find_evaluations(folders: list[Path] # evaluations, or runs that hold some
     kinds = ["tuned" if read_evaluation(f)[1].get("adapter") else "base" for f in found]
     return {kind if kinds.count(kind) == 1 else f"{kind}, {f}": f for kind, f in zip(kinds, found)}
 
-# %% ../nbs/04e_report.ipynb #078655e1
-def correct_of(s: dict) -> int: return round(s["accuracy"] * s["n"])  # answers, of a summary or a subject's share
+# %% ../nbs/04e_report.ipynb #61c83ad8
+def correct_of(s: dict # a summary, or a subject's share
+              ) -> int: # correct answers
+    "The count behind an accuracy."
+    return round(s["accuracy"] * s["n"])
 
+# %% ../nbs/04e_report.ipynb #16c3b5fd
 def against(ours: dict, theirs: dict # shares or summaries: n, accuracy
            ) -> tuple[float, list[float]]: # ours - theirs, and its 95% interval
     "How far one score lies above another of which only the count is known."
@@ -85,7 +90,7 @@ def gain_rows(c: Comparison) -> str: # a Markdown table
     return "\n".join(["| gain | points | 95% interval | |", "|---|---|---|---|", f"| published | {gap * 100:+.2f} | {low * 100:+.1f} to {high * 100:+.1f} | from counts, unpaired |",
                       f"| this run | {c.difference * 100:+.2f} | {c.difference_ci95[0] * 100:+.1f} to {c.difference_ci95[1] * 100:+.1f} | {c.gained:,} gained, {c.lost:,} lost, exact McNemar p = {c.p_value:.2g} |"])
 
-# %% ../nbs/04e_report.ipynb #92449ed5
+# %% ../nbs/04e_report.ipynb #7238a653
 def subject_frame(ours: dict[str, dict]) -> pd.DataFrame: # subject, n, and for each model accuracy, low, high; own ones also difference, difference_low, difference_high
     "Every model by subject, the largest subject first."
     theirs = published_summaries()
@@ -102,6 +107,7 @@ def subject_frame(ours: dict[str, dict]) -> pd.DataFrame: # subject, n, and for 
         rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../nbs/04e_report.ipynb #b959461f
 def subject_report(ours: dict[str, dict]) -> str: # a Markdown table
     "Accuracy by subject with intervals, published and own."
     frame, labels = subject_frame(ours), [*published_summaries(), *ours]
