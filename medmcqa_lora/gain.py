@@ -54,14 +54,17 @@ def read_reference(folder: Path, base: dict) -> dict[str, bool]: # id -> correct
     if summary["data_sha256"] != base["data_sha256"]: raise ValueError(f"--format-reference {folder}: its questions are not the base's; evaluate both on the same rows")
     return correct_by_id(lines, folder / "predictions.jsonl")
 
-# %% ../nbs/04d_gain.ipynb #23c6e397
+# %% ../nbs/04d_gain.ipynb #0eec596c
 def read_options(folder: Path # of the base's evaluation
-                ) -> dict[str, bool]: # id -> correct
+                ) -> dict[str, dict[str, bool]]: # way -> id -> correct; empty without the view
     "The base's answers by the likelihood of the options' texts; raises `ValueError` for a line that isn't one."
     lines, file = read_lines(folder / "options.jsonl"), folder / "options.jsonl"
+    if not file.exists(): return {}
     for n, p in enumerate(lines, 1):
         if not whole_prediction(p): raise ValueError(f"{file}: line {n} is not a prediction (id, subject, answer, prediction, correct); evaluate again")
-    return correct_by_id(lines, file)
+    found = {"options' likelihood, per byte": correct_by_id(lines, file)}
+    if all(isinstance(p.get("correct_sum"), bool) for p in lines): found["options' likelihood, summed"] = {p["id"]: p["correct_sum"] for p in lines}
+    return found
 
 # %% ../nbs/04d_gain.ipynb #e71057b0
 @dataclass(frozen=True)
@@ -75,14 +78,13 @@ class Answers:
     references: dict[str, np.ndarray]  # name -> (n,) whether the base is right, asked so
     logprobs: np.ndarray | None  # (n, 4) the base's letters, for the prior
 
-# %% ../nbs/04d_gain.ipynb #b7d88c2d
+# %% ../nbs/04d_gain.ipynb #99b9c779
 def read_answers(base_dir: Path, tuned_dir: Path, references: tuple[Path, ...] = ()) -> Answers: # `references`: other evaluations of the base
     "Two evaluations and the base's references in one order; raises `ValueError` unless all are of the same questions."
     compare_evaluations(base_dir, tuned_dir)  # refuses what can't be compared
     (lines, summary), (tuned_lines, _) = read_evaluation(base_dir), read_evaluation(tuned_dir)
     base, tuned = correct_by_id(lines, base_dir / "predictions.jsonl"), correct_by_id(tuned_lines, tuned_dir / "predictions.jsonl")
-    found = {"likelihood of the options": read_options(base_dir)} if (base_dir / "options.jsonl").exists() else {}
-    found |= {folder.name if [f.name for f in references].count(folder.name) == 1 else str(folder): read_reference(folder, summary) for folder in references}
+    found = read_options(base_dir) | {folder.name if [f.name for f in references].count(folder.name) == 1 else str(folder): read_reference(folder, summary) for folder in references}
     for name, by_id in found.items():
         if apart := sorted(by_id.keys() ^ base.keys()): raise ValueError(f"{base_dir}: {len(apart)} questions are in one only of it and {name} (first {apart[0]}); evaluate both on the same rows, to the end")
     def ordered(by_id): return np.array([by_id[i] for i in base], bool)

@@ -76,8 +76,11 @@ def test_references(pair, cli, tmp_path):
 def test_options_view(pair, cli, tmp_path):
     lines = read_lines(evaluation(tmp_path / "by_options", 1.5) / "predictions.jsonl")
     append_lines(pair[0] / "options.jsonl", lines)
+    summed = [p | {"correct_sum": p["answer"] == "A"} for p in lines]
     s = split_gain(read_answers(*pair))
-    assert [*s.references] == [AS_IT_IS, NO_PRIOR, "likelihood of the options"] and s.best == "likelihood of the options"
+    assert [*s.references] == [AS_IT_IS, NO_PRIOR, "options' likelihood, per byte"] and s.best == "options' likelihood, per byte"
+    (pair[0] / "options.jsonl").write_text("".join(json.dumps(x) + "\n" for x in summed))
+    assert split_gain(read_answers(*pair)).references["options' likelihood, summed"] == 0.25
     for bad, expected in ((lines[:-1], "1 questions are in one only"), (lines + lines[:1], "1 lines have an id"), (lines[:-1] + [{"id": "q199"}], "line 200 is not a prediction")):
         (pair[0] / "options.jsonl").write_text("".join(json.dumps(x) + "\n" for x in bad))
         check_one_line(cli("compare", *pair, "--out", tmp_path / "out"), expected)
