@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
            'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run', 'report_in_card',
-           'compare', 'report', 'merge', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
+           'compare', 'report', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #c31734e5
 import sys
@@ -161,6 +161,14 @@ def merge(adapter: Adapter, out: NewFolder, base: Base = "") -> None:
     from medmcqa_lora.merge import merge_adapter
     done = merge_adapter(adapter, out, base)
     say(f"model  {out}: {done['base']} with {done['changed']:,} of {done['tensors']:,} tensors changed, {done['bytes'] / 2**30:.2f} GiB in {done['files']} weight file{'s'[:done['files'] > 1]}")
+
+# %% ../nbs/06_cli.ipynb #52103973
+@app.command()
+def push(run: Annotated[Path, typer.Argument(help="The --out folder of a finished train.")], repo: Annotated[str, typer.Argument(help="Such as NAME/medmcqa-lora.")],
+         public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False) -> None:
+    "Upload a run's adapter and model card to the Hugging Face hub."
+    from medmcqa_lora.share import push as upload
+    say(f"hub  {upload(run, repo, public)}")
 
 # %% ../nbs/06_cli.ipynb #a8d83812
 @app.command()

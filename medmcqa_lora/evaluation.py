@@ -288,7 +288,7 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #9ef61ad6
+# %% ../nbs/04_evaluation.ipynb #3dce421f
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -296,12 +296,13 @@ def begin_evaluation(folder: Path, # made if missing
                      resume: bool # go on with what is there
                     ) -> None:
     "Write evaluation.json, or check that a resumed evaluation is the same one; raises `ValueError`."
-    keep = ("model", "tokenizer", "backend", "dtype", "quantization", "attn_implementation", "prompt_style", "target")  # what decides a score
+    keep = ("model", "tokenizer", "backend", "dtype", "quantization", "attn_implementation", "prompt_style", "target", "shots")  # what decides a score
     if recipe.weights == "random": keep += ("weights", "seed")
     settings = {k: getattr(recipe, k) for k in keep} | dict(adapter=adapter, data_sha256=fingerprint(questions))
+    if recipe.shots: settings["shown"] = [q.id for q in questions[0].shown]
     file = folder / "evaluation.json"
     if resume and file.exists():
-        before = json.loads(file.read_text())
+        before = dict(quantization="none", shots=0) | json.loads(file.read_text())  # which older ones don't name
         settings = dict.fromkeys(("weights", "seed"), None) | settings
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")

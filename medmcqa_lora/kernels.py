@@ -7,10 +7,12 @@ __all__ = ['KERNELS', 'INSTALL', 'ROW_MULTIPLE', 'PADDED_ROWS', 'PACKED_CACHE', 
            'missing_kernels', 'has_own_scan', 'packages_missing', 'lacking', 'check_kernels', 'packing_collator',
            'row_multiple', 'fill_row', 'spread', 'lean_forward', 'isolated_forward', 'can_use_varlen', 'shares_keys',
            'varlen_attention', 'check_padding', 'find_documents', 'before_pass', 'keep_apart', 'first_blocks',
-           'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders', 'choose_packing', 'describe_kernels']
+           'neighbour_effect', 'packing_errors', 'kept_apart', 'sees_borders', 'few_blocks', 'choose_packing',
+           'describe_kernels']
 
-# %% ../nbs/02b_kernels.ipynb #0dd0de71
+# %% ../nbs/02b_kernels.ipynb #efef7e73
 import functools, importlib, importlib.util, inspect, os, sys
+from contextlib import contextmanager
 from types import MethodType, ModuleType
 import torch
 from torch import Tensor, nn
@@ -331,7 +333,21 @@ def sees_borders(model: nn.Module, # on its device
     "Whether attention in packed rows computes within the examples alone."
     return recipe.attn_implementation == "flash_attention_2" or recipe.fast != "off" and can_use_varlen(model, recipe.attn_implementation)
 
-# %% ../nbs/02b_kernels.ipynb #782b0219
+# %% ../nbs/02b_kernels.ipynb #24d0cfe6
+@contextmanager
+def few_blocks(model: nn.Module): # a causal language model, without LoRA; as it was when the block ends
+    "A model whose blocks wait elsewhere, with the first of each kind alone and where its embeddings are; any other as it is."
+    place, holder = next(model.parameters()).device, next((m for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
+    if holder is None or {p.device for p in model.parameters()} == {place}: yield; return
+    before, first = holder.layers, first_blocks(model)
+    holder.layers = nn.ModuleList(b for b in before if b in first)
+    waited = next(holder.layers.parameters()).device
+    try: yield model.to(place)
+    finally:
+        holder.layers.to(waited)
+        holder.layers = before
+
+# %% ../nbs/02b_kernels.ipynb #9e466a65
 def choose_packing(model: nn.Module, # a causal language model, with or without LoRA
                    rows, # examples: {input_ids}
                    recipe: Recipe, training: bool = True # False: for scoring
@@ -342,13 +358,13 @@ def choose_packing(model: nn.Module, # a causal language model, with or without 
     elif len(rows) < 2: return False, "there is only one example"
     elif not training and recipe.packing == "auto" and not sees_borders(model, recipe): return False, "attention would need a mask over rows of many questions, which costs more than padding"
     else:
-        errors = packing_errors(model, [rows[i]["input_ids"] for i in (0, 1)], training)
+        with few_blocks(model): errors = packing_errors(model, [rows[i]["input_ids"] for i in (0, 1)], training)
         found = kept_apart(errors, next(model.parameters()).dtype in (torch.bfloat16, torch.float16))
         why = f"relative change of a block's output with a neighbour {errors['neighbour']:.0e}, of the logits by packing {errors['packed']:.0e}, by padding {errors['padded']:.0e}"
     if recipe.packing == "on" and not found: raise ValueError(f"packing = on is refused: examples are not kept apart ({why}); use auto or off")
     return found, why
 
-# %% ../nbs/02b_kernels.ipynb #64b96600
+# %% ../nbs/02b_kernels.ipynb #aa9ed3ca
 def describe_kernels(model: nn.Module, # with or without LoRA
                      recipe: Recipe, packing: tuple[bool, str] # from `choose_packing`
                     ) -> str: # lines for the log
@@ -371,4 +387,5 @@ def describe_kernels(model: nn.Module, # with or without LoRA
         slow = len(narrow) - sum(map(multiplies8, narrow))
         lines.append(f"frozen matrices: 8-bit floats in {len(narrow)}, by rows and by columns" + f"; {slow} of them multiplied as {narrow[0].dtype} numbers, slowly: that takes a Hopper GPU and bfloat16" * (slow > 0))
     kind = "variable-length" if sees_borders(model, recipe) else f"{recipe.attn_implementation} with a block-diagonal mask (variable-length attention needs a GPU from 8.0 on, bfloat16, attn_implementation = sdpa, fast not off)"
+    if recipe.parallel == "fsdp": lines.append("weights: a share in each process (FSDP2), gathered a block at a time; so in_proj and its LoRA are two products, and steps are not recorded")
     return "\n".join([*lines, f"attention: {kind if packing[0] else recipe.attn_implementation}", f"packing: {'on' if packing[0] else 'off'} ({packing[1]})"])

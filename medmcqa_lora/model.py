@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
-           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'own_generator', 'is_nano', 'load_config',
-           'randomise', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices', 'matrix_table', 'select',
-           'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter', 'planned_model',
-           'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
+           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home', 'settle', 'own_generator',
+           'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
+           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
+           'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table',
+           'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #0a4aabe0
+# %% ../nbs/02_model.ipynb #3c7519e9
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
 from .blocks import speed_up, to_float8
@@ -237,18 +238,29 @@ def device() -> torch.device: # this process' GPU, or the CPU
     "Where this process computes."
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
+# %% ../nbs/02_model.ipynb #53661d33
+def home(recipe: Recipe) -> torch.device: # where a loaded model's blocks lie
+    "This process' GPU, or the host's memory for a model that is going to be sharded."
+    return torch.device("cpu") if recipe.parallel == "fsdp" else device()
+
+# %% ../nbs/02_model.ipynb #49e8153a
+def settle(model: nn.Module, recipe: Recipe) -> nn.Module: # the same
+    "Put a model where it waits for training or computes: its embeddings on this process' device, all else at `home`."
+    model.to(home(recipe)).get_input_embeddings().to(device())
+    return model
+
 # %% ../nbs/02_model.ipynb #ebe3d601
 def own_generator(): # a context manager
     "Random numbers inside a `with` block that leave those outside as they were."
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
-# %% ../nbs/02_model.ipynb #64c147b7
+# %% ../nbs/02_model.ipynb #6c71028c
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation, output_loading_info=True, ignore_mismatched_sizes=True)
     refuse_differences(recipe.model, differences(info))
-    return model.to(device())
+    return settle(model, recipe)
 
 # %% ../nbs/02_model.ipynb #8b8c381b
 def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
@@ -270,30 +282,35 @@ def load_config(name: str # a recipe's model
     if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
     return AutoConfig.from_pretrained(resolve_model(name, weights=False))
 
-# %% ../nbs/02_model.ipynb #6849db77
+# %% ../nbs/02_model.ipynb #c3657812
 @torch.no_grad()
-def randomise(model: nn.Module, # on its device; changed in place
-              seed: int # of the weights
-             ) -> None:
+def draw(name: str, # full name of a parameter
+         p: Tensor, # on its device; changed in place
+         config, # the model's configuration
+         generator: torch.Generator) -> None:
     "Random weights that keep activations even through all blocks; biases of convolutions are random, too."
-    generator, config = torch.Generator(next(model.parameters()).device).manual_seed(seed), model.config
-    for name, p in model.named_parameters():
-        writes = name.rsplit(".", 2)[-2] in ("out_proj", "o_proj", "down_proj") or name.endswith("experts.down_proj")
-        if name.endswith("conv1d.bias"): p.normal_(0, 0.1, generator=generator)
-        elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
-        elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
+    writes = name.rsplit(".", 2)[-2] in ("out_proj", "o_proj", "down_proj") or name.endswith("experts.down_proj")
+    if name.endswith("conv1d.bias"): p.normal_(0, 0.1, generator=generator)
+    elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
+    elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
 
-# %% ../nbs/02_model.ipynb #8f9bf917
+# %% ../nbs/02_model.ipynb #3dc143b6
+@torch.no_grad()
 def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
-    config = load_config(recipe.model)
-    dtype = torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    config, dtype = load_config(recipe.model), torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    generator = torch.Generator(device()).manual_seed(recipe.seed)
     with torch.device(device()), own_generator():
         torch.manual_seed(recipe.seed)  # transformers draws the Mamba blocks' dt_bias
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
-    randomise(model, recipe.seed)
+        for name, module in model.named_modules():
+            if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]: continue
+            model._init_weights(module.to_empty(device=device(), recurse=False))  # what has one dimension is as transformers makes it
+            for n, p in module.named_parameters(name, recurse=False): draw(n, p, config, generator)
+            module._apply(lambda t: t.to(home(recipe)), recurse=False)
+    model.tie_weights()
     model.config._name_or_path = recipe.model
-    return model
+    return settle(model, recipe)
 
 # %% ../nbs/02_model.ipynb #a1be6e96
 def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
@@ -442,14 +459,15 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #1616385f
+# %% ../nbs/02_model.ipynb #f8a710c0
 def save_adapter(model: nn.Module, # a PEFT model
-                 folder: Path # one that exists is replaced
+                 folder: Path, # one that exists is replaced
+                 tensors: dict[str, Tensor] | None = None # of the adapter, by parameters' names; none: the model's own
                 ) -> Path: # the same folder
     "Write the adapter in PEFT's format, whole or not at all."
     work, old = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent)), None
     try:
-        model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
         (work / "README.md").unlink(missing_ok=True)  # a form that PEFT leaves blank; the run's card says more
         for p in (work, *work.iterdir()): p.chmod(0o755 if p.is_dir() else 0o644)  # mkdtemp's folders and safetensors' files are private, and servers run as somebody else
         if folder.exists(): folder.rename(old := work.with_name(f"{work.name}-old"))

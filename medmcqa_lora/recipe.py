@@ -27,7 +27,7 @@ class ModelKeys:
     weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
     fast: Literal["auto", "off", "require"] = "auto"  # fused kernels, grouped experts, variable-length attention: what there is, nothing of our own, or stop without the kernels
 
-# %% ../nbs/00_recipe.ipynb #92325826
+# %% ../nbs/00_recipe.ipynb #c3c6042a
 @dataclass(kw_only=True)
 class DataKeys:
     "Which questions a run sees, and how one is written as text."
@@ -40,6 +40,7 @@ class DataKeys:
     max_eval_rows: int | None = None  # evaluation rows, likewise
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written
     target: Literal["letter", "letter_and_text", "explanation_then_letter"] = "letter"  # what the model is to answer
+    shots: int = 0  # worked examples before each question that is scored, from the training rows
     max_length: int = 512  # tokens; a longer training example is left out and counted
     packing: Literal["auto", "on", "off"] = "auto"  # a batch's examples in one row, without padding; auto: where they are kept apart (and, to score, need no mask)
 
@@ -69,7 +70,7 @@ class TrainKeys:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     seed: int = 42  # of data order, initial adapter and dropout
 
-# %% ../nbs/00_recipe.ipynb #debf06fb
+# %% ../nbs/00_recipe.ipynb #42d65961
 @dataclass(kw_only=True)
 class RunKeys:
     "Checkpoints, logging, evaluation batches, processes, and the output folder."
@@ -80,7 +81,7 @@ class RunKeys:
     early_stopping_patience: int | None = None  # evaluations without a better loss before stopping; none: never
     report_to: list[str] = field(default_factory=list)  # trackers, such as tensorboard or wandb; none: no tracker
     per_device_eval_batch_size: int = 32  # questions a process and scoring pass, at most
-    parallel: Literal["auto", "ddp"] = "auto"  # over several processes: a whole copy of the model in each
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several processes: a whole copy of the model in each (ddp), a share of it (fsdp), or a copy where one fits a GPU
     out: str = ""  # the run's folder; empty: a new one under _runs/
 
 # %% ../nbs/00_recipe.ipynb #a3f83e98
@@ -135,16 +136,16 @@ def fits(value, # any object
     if kind in (int, float) and isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind)
 
-# %% ../nbs/00_recipe.ipynb #1b525f8a
+# %% ../nbs/00_recipe.ipynb #28fb5343
 POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit",
             "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience")
 
 LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow one by one
 
-NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed")
+NOT_NEGATIVE = ("shots", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
-# %% ../nbs/00_recipe.ipynb #8c6bd907
+# %% ../nbs/00_recipe.ipynb #2cca7051
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
@@ -159,6 +160,8 @@ RULES = (  # key, holds, what to do
     ("lora_r_experts", lambda r: r.backend != "unsloth" or not r.lora_r_experts, "is not passed on by unsloth; leave it out, or use backend hf"),
     ("quantization", lambda r: r.quantization == "none" or (r.backend == "hf" and r.fast != "off"), "fp8 needs backend hf and fast auto or require: its products are this package's; or take none"),
     ("dtype", lambda r: r.backend != "unsloth" or r.dtype != "float32", "float32 is not what unsloth trains in; use bfloat16"),
+    ("parallel", lambda r: r.backend != "unsloth" or r.parallel != "fsdp", "fsdp needs backend hf: unsloth loads a whole copy onto each GPU; use ddp"),
+    ("parallel", lambda r: r.quantization == "none" or r.parallel != "fsdp", "fsdp needs quantization none: 8-bit matrices lie twice, by rows and by columns, and are not gathered; use ddp"),
 )
 
 # %% ../nbs/00_recipe.ipynb #8e452ad7

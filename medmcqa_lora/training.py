@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
            'finish_run']
 
-# %% ../nbs/03_training.ipynb #e9eee28f
+# %% ../nbs/03_training.ipynb #35f709c7
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +25,9 @@ from .files import append_line, bar_columns, read_lines, save_figure, trim_lines
 from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
+from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 
-# %% ../nbs/03_training.ipynb #df663772
+# %% ../nbs/03_training.ipynb #8dc45c23
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps")
@@ -40,13 +41,14 @@ def training_arguments(recipe: Recipe, # checked
     same = {k: getattr(recipe, k) for k in SAME_NAME}
     same["per_device_eval_batch_size"] = min(recipe.per_device_eval_batch_size, PADDED_ROWS)  # rows of an evaluation's loss are padded
     if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
-    arguments = SFTConfig(**same, logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
+    arguments = SFTConfig(**same | fsdp_settings(recipe), logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                           dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
                           bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
                           accelerator_config={"non_blocking": torch.cuda.is_available()},  # else a batch's copy waits for the step before
                           eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
                           greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                           include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+    keep_types(arguments)
     if arguments.n_gpu > 1: arguments._n_gpu = 1  # in a notebook on a host with several GPUs transformers would split batches, and packed rows can't be
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
@@ -135,10 +137,10 @@ def tensorboard_writer(run: Path # the run's folder
     from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(run / "tensorboard"))
 
-# %% ../nbs/03_training.ipynb #1ee18e67
+# %% ../nbs/03_training.ipynb #e252cd26
 def can_record(recipe: Recipe, processes: int) -> bool: # processes that train together
     "Whether a recipe's steps may be recorded as CUDA graphs here."
-    return torch.cuda.is_available() and recipe.fast != "off" and processes == 1 and not recipe.gradient_checkpointing and not recipe.lora_dropout
+    return torch.cuda.is_available() and recipe.fast != "off" and not (recipe.parallel == "fsdp" and processes > 1) and not recipe.gradient_checkpointing and not recipe.lora_dropout
 
 def pack_training(trainer, # a `trl.SFTTrainer` around a PEFT model; changed in place
                   recipe: Recipe) -> None:
@@ -153,7 +155,7 @@ def pack_training(trainer, # a `trl.SFTTrainer` around a PEFT model; changed in 
     trainer.get_train_dataloader = packed_loader
     if ours: use_head_loss(model); use_step(trainer, can_record(recipe, trainer.accelerator.num_processes))
 
-# %% ../nbs/03_training.ipynb #0ea91a5a
+# %% ../nbs/03_training.ipynb #ded7bd0e
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -168,6 +170,7 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
     if packed: pack_training(trainer, recipe)
+    shard(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
@@ -194,7 +197,7 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #fd1eb9b6
+# %% ../nbs/03_training.ipynb #e56cce1a
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
@@ -202,6 +205,7 @@ def train(trainer, run: Path, # its folder
     checkpoint = last_checkpoint(run) if resume else None
     if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
+    trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
     lines = read_lines(run / "metrics.jsonl")
     if not lines: return {}
     return dict(steps=trainer.state.global_step, first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"], tokens=lines[-1]["tokens"],
@@ -328,11 +332,11 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation)
     return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
 
-# %% ../nbs/03_training.ipynb #63277e5e
+# %% ../nbs/03_training.ipynb #c54c559c
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md
     "Write everything a finished run leaves, from rank 0."
     write_json(run / "environment.json", env)
     write_json(run / "result.json", result | dict(n=len(encoded.rows), too_long=len(encoded.too_long), shortened=len(encoded.shortened), epochs=round(trainer.state.epoch or 0, 2)))
-    save_adapter(model, run / "adapter")
+    save_adapter(model, run / "adapter", trainer.adapter)
     save_figure(plot_loss(run), run / "figures/loss.png")
     return write_card(run)

@@ -21,6 +21,8 @@ from medmcqa_lora.plan import (
     describe_plan,
     find_blocks,
     kinds_table,
+    largest_block,
+    link_bytes,
     measured_pass,
     measured_rows,
     memory_parts,
@@ -243,6 +245,29 @@ def test_plans_text(cli):
     assert len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 160
     code, out, _ = cli("plan", "--recipe", "nemotron_nano", "--gpu-memory", "40")
     assert code == 0 and "none" in out, "a plan is information, whatever it says"
+
+
+def test_several_gpus_of_the_30b_model(nano, cli):
+    """By hand: what passes between 4 GPUs, what each holds, and the table's words for it."""
+    recipe = load_recipe("nemotron_nano")
+    blocks, total, outside, adapter = find_blocks(nano, recipe), 31_577_937_344, 704_645_760, 11_359_232
+    assert sum(b.trainable for b in blocks) == adapter and largest_block(nano) == 29_841_764_736 // 23
+    copies, shares = (replace(recipe, dtype="bfloat16", parallel=p) for p in ("ddp", "fsdp"))
+    assert link_bytes(total, outside, adapter, copies, 4) == 68_155_392  # 3/4 of 45 MB, twice
+    assert link_bytes(total, outside, adapter, shares, 4) == 0.75 * (4 * (total - outside) + 2 * outside + 8 * adapter + 4 * adapter)
+    parts = memory_parts(total, adapter, shares, 4, largest_block(nano))
+    assert sum(parts.values()) == pytest.approx((2 * total / 4 + 4 * adapter + 3 * 2 * 29_841_764_736 / 23) / 2**30)
+    out = cli("plan", "--recipe", "nemotron_nano", "--gpus", "4", "--gpu-memory", "40")[1]
+    told = {line[:44].strip(): line[44:].split("  ")[-1].strip() for line in out.splitlines()[-6:]}
+    assert "does NOT fit" in out.splitlines()[-4] and told["into 40 GiB, with 5% to spare"] == "fits"
+    assert "65.00 MiB, 0.15 ms" in out and told["reaches each GPU in a step, at 450 GB/s"].startswith("87.")
+    low, high = (int(n.replace(",", "")) for n in told["tokens/s, from those of one GPU"].split(" to "))
+    row = nearest_measurement(total, recipe, micro_batch_tokens(recipe, True)[0])[0]
+    seconds = max(micro_batch_tokens(recipe, True)[0], row.tokens) / row.tokens_per_s
+    transfer = link_bytes(total, outside, adapter, shares, 4) / 450e9
+    assert (low, high) == tuple(pytest.approx(4 * micro_batch_tokens(recipe, True)[0] / t, rel=1e-3) for t in (seconds + transfer, max(seconds, transfer)))
+    assert "a process each" not in cli("plan", "--recipe", "nemotron_nano")[1]
+    assert "4 shares" in cli("plan", "--recipe", "nemotron_nano", "--gpus", "4", "-p", "parallel", "fsdp")[1]
 
 
 def test_a_model_never_measured_gets_no_time(cli):
