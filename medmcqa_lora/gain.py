@@ -139,14 +139,14 @@ class Split:
     format_p: float  # of the references against the base, Holm-corrected
     rest_p: float  # against every reference
 
-# %% ../nbs/04d_gain.ipynb #87049d73
+# %% ../nbs/04d_gain.ipynb #b46fe532
 def split_gain(a: Answers) -> Split: # with intervals and p-values
     "Split tuned − base into format and the rest."
     right = {AS_IT_IS: a.base} | ({NO_PRIOR: remove_prior(a.logprobs) == a.answer} if a.logprobs is not None else {}) | a.references
     n, reached = len(a.ids), {name: round(float(r.mean()), 6) for name, r in right.items()}
-    total, format, rest = (round(float(x), 6) for x in resampled_parts(a, np.arange(n)))
+    best, tuned, base = max(right, key=lambda name: right[name].sum()), round(float(a.tuned.mean()), 6), reached[AS_IT_IS]
     intervals = bootstrap_intervals(lambda i, axis: resampled_parts(a, i), n) if n > 1 else [[-1.0, 1.0]] * 3
-    return Split(n, reached, max(right, key=lambda name: right[name].sum()), round(float(a.tuned.mean()), 6), total, format, rest, *intervals,
+    return Split(n, reached, best, tuned, tuned - base, reached[best] - base, tuned - reached[best], *intervals,
                  paired_p(a.tuned, a.base), format_p(a.base, [*right.values()][1:]), rest_p(a.tuned, [*right.values()]))
 
 # %% ../nbs/04d_gain.ipynb #af5e559d
@@ -238,7 +238,7 @@ def plot_gain(s: Split) -> Figure: # a row a way of asking
     plt.close(fig)
     return fig
 
-# %% ../nbs/04d_gain.ipynb #7baae65c
+# %% ../nbs/04d_gain.ipynb #0d29c6ae
 def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                out: Path | None = None, # folder for the comparison, its tables and figures
                references: tuple[Path, ...] = () # other evaluations of the base: ways of mending its form
@@ -249,7 +249,8 @@ def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the sa
     text = "\n\n".join([write_comparison(base_dir, tuned_dir, out).rstrip(), gain_table(split), gain_verdict(split), subject_rows(table), NOTES.format(resamples=RESAMPLES, power=power_note(changed, split.n))]) + "\n"
     if out is None: return text
     found = smallest_difference(split.n, changed / split.n)
-    more = dict(gain=asdict(split) | dict(verdict=gain_verdict(split), resamples=RESAMPLES), smallest_difference=None if math.isnan(found) else round(found, 6),
+    rounded = {k: round(getattr(split, k), 6) for k in ("total", "format", "rest")}
+    more = dict(gain=asdict(split) | rounded | dict(verdict=gain_verdict(split), resamples=RESAMPLES), smallest_difference=None if math.isnan(found) else round(found, 6),
                 by_subject=table.astype(object).where(table.notna(), None).to_dict("records"))
     save_figure(plot_gain(split), out / "figures/gain.png")
     write_whole(out / "by_subject.csv", table.to_csv(index=False))
