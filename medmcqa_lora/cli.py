@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
            'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
-           'report_in_card', 'compare', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
+           'report_in_card', 'compare', 'report', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line',
+           'main']
 
 # %% ../nbs/06_cli.ipynb #889d78ba
 import sys
@@ -139,21 +140,33 @@ def report_in_card(run: Path, text: str # Markdown
     write_whole(run / "comparison.md", text)
     return write_card(run)
 
-# %% ../nbs/06_cli.ipynb #3c6626e2
+# %% ../nbs/06_cli.ipynb #366f8416
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
+            format_reference: Annotated[list[Path], typer.Option("--format-reference", help="Another evaluation of the base model, such as a few-shot one; repeatable.")] = [],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None,
             without: Annotated[Path | None, typer.Option("--without", help="A list from check-data --against … --out: accuracies with and without these questions, too.")] = None) -> None:
-    "Paired comparison of two evaluations of the same questions."
+    "Paired comparison of two evaluations of the same questions; the gain split into format and the rest."
     from medmcqa_lora import overlap
-    from medmcqa_lora.evaluation import write_comparison
+    from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
     if without: parts = overlap.score_without(base_dir, tuned_dir, without, out)
-    text = write_comparison(base_dir, tuned_dir, out) + (f"\n{parts}" if without else "")
+    text = write_gain(base_dir, tuned_dir, out, tuple(format_reference)) + (f"\n{parts}" if without else "")
     say(text)
     if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
-    if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
+    if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nby subject  {out}/by_subject.csv\nfigures     {out}/figures")
+
+# %% ../nbs/06_cli.ipynb #77f48cc1
+@app.command()
+def report(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Evaluations of the 4,183 validation questions, or runs that hold some.")],
+           out: Annotated[Path | None, typer.Option("--out", help="Write the report and its figure there.")] = None) -> None:
+    "Evaluations beside the published figures, overall and by subject."
+    from medmcqa_lora.launch import check_folder
+    from medmcqa_lora.report import write_report
+    if out: check_folder(out, resume=False)
+    say(write_report(folders, out))
+    if out: say(f"report      {out}/report.md, {out}/report.json\nby subject  {out}/by_subject.csv\nfigure      {out}/figures/by_subject.png")
 
 # %% ../nbs/06_cli.ipynb #3020047c
 Adapter = Annotated[Path, typer.Argument(help="The adapter/ folder of a run.")]
@@ -218,11 +231,11 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #bcb45f8c
+# %% ../nbs/06_cli.ipynb #54001741
 @app.command()
 def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
-    from medmcqa_lora.evaluation import write_comparison
+    from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder, launch_evaluate, launch_train, new_folder_name
     from medmcqa_lora.training import write_card
     settings, folder = recipe_of(recipe, p), out or Path(new_folder_name("demo"))
@@ -234,7 +247,7 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     say("\n3/4  the tuned model's score")
     launch_evaluate(settings, folder / "tuned", adapter=folder / "adapter", views=["letters", "generation"])
     say("\n4/4  comparison\n")
-    text = write_comparison(folder / "base", folder / "tuned", folder)
+    text = write_gain(folder / "base", folder / "tuned", folder)
     write_card(folder, text)
     say(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_real import check_demo
 
 NEEDED = {"settings.ini", "nbs/runs/train.ipynb", "nbs/runs/evaluate.ipynb"}
-ASSETS = {"sample.jsonl", "SAMPLE.md", "nemotron_nano_config.json", "lengths.json"}
+ASSETS = {"sample.jsonl", "SAMPLE.md", "nemotron_nano_config.json", "lengths.json", "published.json"}
 
 
 @pytest.fixture(scope="module")

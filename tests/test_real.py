@@ -96,8 +96,8 @@ def check_demo(out: str, run: Path, n: int):
     assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["n"] == n
-    assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png"}
+    assert comparison["verdict"] in card and comparison["gain"]["verdict"] in card and comparison["n"] == n
+    assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png", "gain.png"}
     assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == n
     assert len(read_lines(run / "base/generations.jsonl")) == n and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
