@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medmcqa_lora.cli.check_data': ('cli.html#check_data', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.common': ('cli.html#common', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.compare': ('cli.html#compare', 'medmcqa_lora/cli.py'),
+                                  'medmcqa_lora.cli.cross_check': ('cli.html#cross_check', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.demo': ('cli.html#demo', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.evaluate': ('cli.html#evaluate', 'medmcqa_lora/cli.py'),
                                   'medmcqa_lora.cli.export': ('cli.html#export', 'medmcqa_lora/cli.py'),
