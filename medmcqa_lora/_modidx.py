@@ -176,6 +176,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'medmcqa_lora/cross_check.py'),
                                           'medmcqa_lora.cross_check.same_tokens': ( 'cross_check.html#same_tokens',
                                                                                     'medmcqa_lora/cross_check.py'),
+                                          'medmcqa_lora.cross_check.score_by_harness': ( 'cross_check.html#score_by_harness',
+                                                                                         'medmcqa_lora/cross_check.py'),
                                           'medmcqa_lora.cross_check.summarise_check': ( 'cross_check.html#summarise_check',
                                                                                         'medmcqa_lora/cross_check.py'),
                                           'medmcqa_lora.cross_check.task_rows': ( 'cross_check.html#task_rows',

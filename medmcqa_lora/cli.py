@@ -137,18 +137,18 @@ def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the 
     if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nfigures     {out}/figures")
 
-# %% ../nbs/06_cli.ipynb #68c62c0d
+# %% ../nbs/06_cli.ipynb #5812ddfc
 @app.command()
 def cross_check(out: Annotated[Path, typer.Option("--out", help="The output folder.")], recipe: RecipeName = "demo", p: Params = [],
                 model: Annotated[str | None, typer.Option(help="A folder, hub id or built-in name, instead of the recipe's.")] = None,
                 adapter: Annotated[Path | None, typer.Option(help="The adapter/ folder of a run; none: the base model.")] = None,
                 data: Annotated[str | None, typer.Option(help="Evaluation rows: a file, `sample`, or a hub id.")] = None,
-                limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None) -> None:
+                limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None, resume: Resume = False) -> None:
     "Our letter scores beside lm-evaluation-harness's, question by question; exit 1 if ratios differ by more than 0.01 without explanation."
     from medmcqa_lora.cross_check import describe_check, find_harness, run_cross_check
     from medmcqa_lora.launch import check_folder
-    find_harness(); check_folder(out, resume=False)
-    found = run_cross_check(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit, prompt_style="lm_eval", shots=0), out, adapter, say)
+    find_harness(); check_folder(out, resume)
+    found = run_cross_check(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit, prompt_style="lm_eval", shots=0), out, adapter, resume, say)
     say(f"\n{describe_check(found)}\ntable      {out}/cross_check.md\nsummary    {out}/cross_check.json\nquestions  {out}/questions.jsonl")
     if found["unexplained"]: raise ValueError(f"{out}: {found['unexplained']:,} of {found['n']:,} questions differ from lm-evaluation-harness without an explanation; see cross_check.md there")
 

@@ -137,6 +137,34 @@ def test_the_harness_itself(lm_eval, cli, tmp_path):
     assert code == 1 and "holds another run" in err
 
 
+def test_an_interrupted_one_goes_on(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(cross_check, "find_harness", lambda: "made up")
+    monkeypatch.setattr(cross_check, "HARNESS_CHUNK", 4)
+    whole, calls = fake_harness(lambda s: s), []
+
+    def stops(model, tokenizer, rows):
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(model, tokenizer, rows)
+
+    monkeypatch.setattr(cross_check, "harness_scores", stops)
+    words = ("cross-check", "--recipe", "toy", "--limit", "10", "--out", tmp_path / "out")
+    assert cli(*words)[0] == 130 and not (tmp_path / "out/cross_check.json").exists()
+    code, _, err = cli(*words, "--resume", "-p", "dtype", "bfloat16")
+    assert code == 1 and "holds another evaluation (dtype was 'float32'" in err
+    code, _, err = cli(*words, "--resume")
+    assert code == 0, err
+    assert calls == [4, 4, 4, 2] and json.loads((tmp_path / "out/cross_check.json").read_text())["classes"] == {"agrees": 10}
+
+
+def test_a_number_that_is_none(lm_eval):
+    model = small_model()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ValueError, match="log-likelihoods .* are not finite"):
+        harness_scores(model, characters(False), rows_of(QUESTIONS))
+
+
 def test_without_the_harness(cli, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else find(name, *more))
