@@ -94,16 +94,16 @@ def ratio_difference(ours: list[float], theirs: list[float]) -> float: # of log-
     d = [a - b for a, b in zip(ours, theirs)]
     return max(d) - min(d)
 
-# %% ../nbs/04g_cross_check.ipynb #8a4e70ab
+# %% ../nbs/04g_cross_check.ipynb #ce2a8f79
 ROUNDING_UNITS = 4  # two logits on two sides, a unit each
 
 @torch.inference_mode()
-def logit_step(model: nn.Module, ids: list[int], # of a prompt
-               letters: tuple[int, ...] # their tokens
+def logit_step(model: nn.Module, ids: list[int] # of a prompt
               ) -> float: # nats
-    "The unit in the last place of the largest of the letters' logits, in the dtype the model computes them in."
-    logits = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False).logits[0, -1, list(letters)]
-    return torch.finfo(logits.dtype).eps * 2 ** math.floor(math.log2(max(logits.abs().max().item(), 2**-14)))
+    "The unit in the last place of the largest logit behind a prompt, in the dtype of the model's last matrix."
+    last = model.get_output_embeddings().weight  # the logits themselves may have been cast to float32 since
+    logits = model(input_ids=torch.tensor([ids], device=last.device), use_cache=False).logits[0, -1]
+    return torch.finfo(last.dtype).eps * 2 ** math.floor(math.log2(max(logits.abs().max().item(), 2**-14)))
 
 # %% ../nbs/04g_cross_check.ipynb #e053d2ed
 def same_tokens(ids: list[int], letters: tuple[int, ...], # of our prompt; of the letters
@@ -132,7 +132,7 @@ def explain(ours: dict, # a line of predictions.jsonl
     if not same_tokens(ids, letters, theirs): return "tokenisation"
     return "rounding" if difference <= ROUNDING_UNITS * step() else "unexplained"
 
-# %% ../nbs/04g_cross_check.ipynb #c75ac92d
+# %% ../nbs/04g_cross_check.ipynb #cdb4a0ec
 def check_questions(model: nn.Module, tokenizer, questions: list[Question], recipe: Recipe, # with prompt_style lm_eval
                     predictions: list[dict], theirs: list[dict] # ours and the harness's, in the questions' order
                    ) -> list[dict]: # id, ours, harness, difference, class, both sides' log-probabilities, prompts and tokens alike, correct, acc, acc_norm
@@ -142,7 +142,7 @@ def check_questions(model: nn.Module, tokenizer, questions: list[Question], reci
     for q, ids, p, t in zip(questions, rows, predictions, theirs, strict=True):
         prompt, ours = render_prompt(q, recipe.prompt_style), list(p["logprobs"].values())
         found.append({"id": q.id, "ours": p["prediction"], "harness": LETTERS[max(range(4), key=lambda i: t["logprobs"][i])], "difference": round(ratio_difference(ours, t["logprobs"]), 6),
-                      "class": explain(p, prompt, ids, letters, t, lambda: logit_step(model, ids, letters)), "logprobs": ours, "harness_logprobs": [round(x, 6) for x in t["logprobs"]],
+                      "class": explain(p, prompt, ids, letters, t, lambda: logit_step(model, ids)), "logprobs": ours, "harness_logprobs": [round(x, 6) for x in t["logprobs"]],
                       "same_prompt": t["prompt"] == prompt, "same_tokens": same_tokens(ids, letters, t), "correct": p["correct"], "acc": t["acc"], "acc_norm": t["acc_norm"]})
     return found
 

@@ -165,6 +165,13 @@ def test_a_number_that_is_none(lm_eval):
         harness_scores(model, characters(False), rows_of(QUESTIONS))
 
 
+def test_bfloat16_is_called_rounding(lm_eval, cli, tmp_path):
+    """Another shape of the last product rounds otherwise; float32 gives no such excuse."""
+    code, _, err = cli("cross-check", "--recipe", "toy", "-p", "dtype", "bfloat16", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert set(json.loads((tmp_path / "out/cross_check.json").read_text())["classes"]) <= {"agrees", "tie", "rounding"}
+
+
 def test_without_the_harness(cli, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else find(name, *more))
