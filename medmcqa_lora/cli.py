@@ -106,7 +106,7 @@ def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes
     folder = launch_train(settings, Path(recipe).stem, resume, nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
     say(f"\nnotebook  {folder}/train.ipynb\nadapter   {folder}/adapter\nfigures   {folder}/figures\ncard      {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #bd0d00ca
+# %% ../nbs/06_cli.ipynb #41f5ae8f
 @app.command()
 def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.")], recipe: RecipeName = "demo", p: Params = [],
              model: Annotated[str | None, typer.Option(help="A folder, hub id or built-in name, instead of the recipe's.")] = None,
@@ -114,13 +114,15 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
              data: Annotated[str | None, typer.Option(help="Evaluation rows: a file, `sample`, or a hub id.")] = None,
              limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None,
              views: Annotated[str, typer.Option(help="letters, and with commas between: options (each option's text), generation (free answers).")] = "letters",
+             orders: Annotated[int, typer.Option(help="Orders of the options, 2 to 24, in which letters are scored, too.")] = 0,
              nproc_per_node: Processes = 1, resume: Resume = False) -> None:
     "Score a base model, or a tuned one, on the evaluation rows."
     from medmcqa_lora.launch import launch_evaluate
     asked = [v.strip() for v in views.split(",")]
-    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, asked)
+    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, asked, orders)
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
+    if orders: say(f"orders       {out}/orders.jsonl")
 
 # %% ../nbs/06_cli.ipynb #6a1e6c6b
 def tuned_run(tuned_dir: Path # an evaluation of a tuned model

@@ -365,16 +365,17 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #7e989fd6
+# %% ../nbs/04_evaluation.ipynb #1da20aac
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
                      model: str, # as the recipe names it
                      adapter: str | None, # its folder; none: the base model
-                     views: dict[str, dict] | None = None # summaries of further views, by name
+                     views: dict[str, dict] | None = None, # summaries of further views, by name
+                     further: dict[str, dict] | None = None # of what is no view: calibration, orders
                     ) -> dict: # the summary
     "Write summary.json, by_subject.csv and by_subject.png; with further views views.md and views.png, too."
-    summary = summarise(predictions, questions, model, adapter) | (views or {})
+    summary = summarise(predictions, questions, model, adapter) | (views or {}) | (further or {})
     write_whole(folder / "by_subject.csv", subject_table(summary).to_csv(index=False))
     label = Path(adapter).parent.name if adapter else Path(model).name
     save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")

@@ -231,21 +231,24 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #4ee69a7b
+# %% ../nbs/05_launch.ipynb #c0c95238
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
                     resume: bool = False, # go on with what is there
                     nproc: int = 1, # processes
-                    views: tuple[str, ...] = ("letters",) # of VIEWS
+                    views: tuple[str, ...] = ("letters",), # of VIEWS
+                    orders: int = 0 # of the options, 2 to 24, in which letters are scored, too; 0: none
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
     from medmcqa_lora.model import check_adapter
+    from medmcqa_lora.orders import draw_orders
     views, recipe = check_views(views), replace(recipe, parallel="auto") if recipe.parallel == "fsdp" else recipe  # scoring takes a whole copy in each process
+    if orders: draw_orders(orders, recipe.seed)
     check_folder(folder, resume)
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
     if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
-    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views}
+    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders}
     run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder
