@@ -9,9 +9,9 @@ import torch
 from medmcqa_lora.training import git_commit, hardware, versions
 
 
-def alternate(variants: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant (a function that returns them), in alternation, after one warm-up round."""
-    for run in variants.values():
+def alternate(variants: dict, repeats: int, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of each variant (a function that returns them), in alternation, after one warm-up round if `warm`."""
+    for run in variants.values() if warm else ():
         run()
     taken = {name: [] for name in variants}
     for _ in range(repeats):

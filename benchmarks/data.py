@@ -74,9 +74,14 @@ def peak() -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def fresh(*words: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, "--measure", *words], check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+def fresh_of(program: str, *words: str) -> dict:
+    """What `program --measure WORDS` prints last, from a process of its own."""
+    done = subprocess.run([sys.executable, program, "--measure", *words], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def fresh(*words: str) -> dict[str, float]:
+    return fresh_of(__file__, *words)
 
 
 if __name__ == "__main__":

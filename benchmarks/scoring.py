@@ -4,6 +4,11 @@
 
 ROWS is a data source (default: the shipped validation questions). A pair scores the same CHUNK questions both ways;
 predictions must agree. Target: the median ratio at least 3.
+
+    .venv/bin/python benchmarks/scoring.py views [RECIPE] [ROWS] [N] [REPEATS]
+
+All views of the first N questions, in alternation: letters, options' texts with the prompt's pass once for four and
+with one for each, generation. Both ways of the options must agree: the largest difference is recorded, in nats a token.
 """
 import sys
 import tempfile
@@ -11,11 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from common import record, spread
+from common import alternate, record, spread, timed
 
 from medmcqa_lora.data import LETTERS, load_questions, render_prompt
 from medmcqa_lora.evaluation import read_records, score_questions
+from medmcqa_lora.generation import generate_answers
 from medmcqa_lora.model import load_model, load_tokenizer
+from medmcqa_lora.options import score_options
 from medmcqa_lora.recipe import load_recipe
 
 
@@ -34,7 +41,35 @@ def plain(model, tokenizer, questions, recipe) -> dict[str, str]:
     return {q.id: max(LETTERS, key=lambda c: logprob(render_prompt(q, "plain"), c)) for q in questions}
 
 
+def views(name: str = "demo", rows: str = "sample", n: str = "100", repeats: str = "3") -> None:
+    recipe = load_recipe(name)
+    tokenizer, model = load_tokenizer(recipe), load_model(recipe).eval()
+    questions, said = load_questions(rows, "validation", limit=int(n)).questions, {}
+
+    def run(view, score, questions, **how):
+        with tempfile.TemporaryDirectory() as folder:
+            score(model, tokenizer, questions, recipe, Path(folder), quiet=True, **how)
+            said[view] = read_records(Path(folder), {score_questions: "predictions", score_options: "options"}.get(score, "generations"))
+
+    ways = {"letters": (score_questions, {}), "options, prompt shared": (score_options, {"shared": True}),
+            "options, prompt repeated": (score_options, {"shared": False}), "generation": (generate_answers, {})}
+    for view, (score, how) in ways.items():
+        run(view, score, questions[:8], **how)  # warms up
+    taken = alternate({v: lambda v=v, s=s, h=h: timed(lambda: run(v, s, questions, **h)) for v, (s, h) in ways.items()}, int(repeats), warm=False)
+    one, other = said["options, prompt shared"], said["options, prompt repeated"]
+    apart = max(abs(one[q.id]["logprobs"][c] - other[q.id]["logprobs"][c]) / one[q.id]["tokens"][c] for q in questions for c in LETTERS)
+    same = sum(one[q.id]["prediction"] == other[q.id]["prediction"] for q in questions)
+    print(f"options, both ways: same predictions for {same} of {len(questions)}, at most {apart:.1e} nats a token apart")
+    rates = {f"{v}, questions/s": spread([len(questions) / t for t in ts]) for v, ts in taken.items()}
+    ratio = spread([a / b for a, b in zip(taken["options, prompt repeated"], taken["options, prompt shared"])])
+    record("scoring", dict(what="views", recipe=name, rows=Path(rows).name, questions=len(questions), threads=torch.get_num_threads(), same_predictions=same, apart=apart),
+           rates | {"options, repeated / shared": ratio})
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["views"]:
+        views(*sys.argv[2:])
+        sys.exit()
     name, rows, pairs, chunk = [*sys.argv[1:5], *["demo", "sample", "20", "4"][len(sys.argv) - 1:]]
     recipe = load_recipe(name, {"per_device_eval_batch_size": chunk})
     tokenizer, model = load_tokenizer(recipe), load_model(recipe)

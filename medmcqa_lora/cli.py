@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'recipe_of', 'common', 'say', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run', 'report_in_card',
-           'compare', 'report', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
+           'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
+           'report_in_card', 'compare', 'report', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line',
+           'main']
 
-# %% ../nbs/06_cli.ipynb #c31734e5
+# %% ../nbs/06_cli.ipynb #889d78ba
 import sys
 from pathlib import Path
 from typing import Annotated
 import typer
+from .files import visible
 from .launch import Interrupted, LaunchError
 from .recipe import Recipe, load_recipe
 
@@ -51,27 +53,38 @@ def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
     from medmcqa_lora import __version__
     if version: print(__version__); raise typer.Exit()
 
-# %% ../nbs/06_cli.ipynb #5a11cb9f
-def say(text: str = "") -> None: print(text, flush=True)  # before a child process writes to the same terminal
+# %% ../nbs/06_cli.ipynb #704119e5
+def say(text: str = "") -> None: print(visible(text, keep="\n"), flush=True)  # before a child process writes to the same terminal
 
-# %% ../nbs/06_cli.ipynb #7de4e3e0
-@app.command()
-def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.parquet file, `sample`, or a hub id.")],
-               against: Annotated[str | None, typer.Option(help="Evaluation rows: report questions that are in both.")] = None,
-               label_base: Annotated[str, typer.Option(help="Number of the first option in cop: auto, 0 or 1.")] = "auto",
-               split: Annotated[str, typer.Option(help="Split of the source, where it has splits.")] = "") -> None:
-    "Validate rows: counts per problem with the first offending ids and lines."
-    from medmcqa_lora.data import fingerprint, identity, load_questions
+# %% ../nbs/06_cli.ipynb #8057b737
+def check_source(source: str, split: str, label_base: str) -> list: # the usable questions
+    "Load a source and print what is wrong with it; raises `ValueError` if nothing is usable."
+    from medmcqa_lora.data import fingerprint, load_questions
     if label_base not in ("auto", "0", "1"): raise ValueError(f"--label-base {label_base}: is not auto, 0 or 1")
     loaded = load_questions(source, split, label_base)
     say(f"{source}: {len(loaded.questions):,} of {loaded.read:,} rows usable; answers counted from {loaded.base}\nsha256 {fingerprint(loaded.questions)} (order of rows doesn't matter)")
     for name, rows in loaded.problems.items():
         say(f"  {name}: {len(rows)}, first {', '.join(f'{q.where} ({q.id})' for q in rows[:3])}")
     if not loaded.problems: say("  no problems")
-    if against:
-        held_out = {identity(q): q for q in load_questions(against, "", label_base).questions}
-        both = [q for q in loaded.questions if identity(q) in held_out]
-        say(f"  also in {against}: {len(both)}" + "".join(f"\n    {q.where} ({q.id}) = {held_out[identity(q)].where} ({held_out[identity(q)].id})" for q in both[:3]))
+    return loaded.questions
+
+@app.command()
+def check_data(source: Annotated[str, typer.Argument(help="A .json/.jsonl/.csv/.parquet file, `sample`, or a hub id.")],
+               against: Annotated[str | None, typer.Option(help="Evaluation rows: report training rows that are among them, exactly or nearly.")] = None,
+               label_base: Annotated[str, typer.Option(help="Number of the first option in cop: auto, 0 or 1.")] = "auto",
+               split: Annotated[str, typer.Option(help="Split of the source, where it has splits.")] = "",
+               against_split: Annotated[str, typer.Option(help="Split of --against, likewise.")] = "",
+               out: Annotated[Path | None, typer.Option("--out", help="A new file: the evaluation rows that overlap, for compare --without.")] = None) -> None:
+    "Validate rows: counts per problem with the first offending ids and lines; overlap with evaluation rows."
+    from medmcqa_lora.leakage import check_new_file, describe_overlaps, find_overlaps, write_overlaps
+    if not against and (out or against_split): raise ValueError(f"{'--out' if out else '--against-split'}: goes with --against")
+    if out: check_new_file(out)
+    questions = check_source(source, split, label_base)
+    if not against: return
+    say()
+    found = find_overlaps(questions, check_source(against, against_split, label_base))
+    say(f"\n{describe_overlaps(found, against)}")
+    if out: say(f"listed  {write_overlaps(out, found)}: {len(found.evaluation):,} evaluation rows")
 
 # %% ../nbs/06_cli.ipynb #182ce987
 @app.command()
@@ -93,19 +106,21 @@ def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes
     folder = launch_train(settings, Path(recipe).stem, resume, nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
     say(f"\nnotebook  {folder}/train.ipynb\nadapter   {folder}/adapter\nfigures   {folder}/figures\ncard      {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #d1792d3c
+# %% ../nbs/06_cli.ipynb #bd0d00ca
 @app.command()
 def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.")], recipe: RecipeName = "demo", p: Params = [],
              model: Annotated[str | None, typer.Option(help="A folder, hub id or built-in name, instead of the recipe's.")] = None,
              adapter: Annotated[Path | None, typer.Option(help="The adapter/ folder of a run; none: the base model.")] = None,
              data: Annotated[str | None, typer.Option(help="Evaluation rows: a file, `sample`, or a hub id.")] = None,
              limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None,
-             views: Annotated[str, typer.Option(help="letters, or letters,generation: the model's free answers, too.")] = "letters",
+             views: Annotated[str, typer.Option(help="letters, and with commas between: options (each option's text), generation (free answers).")] = "letters",
              nproc_per_node: Processes = 1, resume: Resume = False) -> None:
     "Score a base model, or a tuned one, on the evaluation rows."
     from medmcqa_lora.launch import launch_evaluate
-    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, [v.strip() for v in views.split(",")])
+    asked = [v.strip() for v in views.split(",")]
+    launch_evaluate(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit), out, adapter, resume, nproc_per_node, asked)
     say(f"\npredictions  {out}/predictions.jsonl\nsummary      {out}/summary.json\nby subject   {out}/by_subject.csv, {out}/by_subject.png")
+    if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
 
 # %% ../nbs/06_cli.ipynb #6a1e6c6b
 def tuned_run(tuned_dir: Path # an evaluation of a tuned model
@@ -125,20 +140,24 @@ def report_in_card(run: Path, text: str # Markdown
     write_whole(run / "comparison.md", text)
     return write_card(run)
 
-# %% ../nbs/06_cli.ipynb #7027254e
+# %% ../nbs/06_cli.ipynb #366f8416
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             format_reference: Annotated[list[Path], typer.Option("--format-reference", help="Another evaluation of the base model, such as a few-shot one; repeatable.")] = [],
-            out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None) -> None:
+            out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None,
+            without: Annotated[Path | None, typer.Option("--without", help="A list from check-data --against … --out: accuracies with and without these questions, too.")] = None) -> None:
     "Paired comparison of two evaluations of the same questions; the gain split into format and the rest."
+    from medmcqa_lora import overlap
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    say(text := write_gain(base_dir, tuned_dir, out, tuple(format_reference)))
+    if without: parts = overlap.score_without(base_dir, tuned_dir, without, out)
+    text = write_gain(base_dir, tuned_dir, out, tuple(format_reference)) + (f"\n{parts}" if without else "")
+    say(text)
     if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nby subject  {out}/by_subject.csv\nfigures     {out}/figures")
 
-# %% ../nbs/06_cli.ipynb #b7e5f071
+# %% ../nbs/06_cli.ipynb #77f48cc1
 @app.command()
 def report(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Evaluations of the 4,183 validation questions, or runs that hold some.")],
            out: Annotated[Path | None, typer.Option("--out", help="Write the report and its figure there.")] = None) -> None:
@@ -212,7 +231,7 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #cebc81b1
+# %% ../nbs/06_cli.ipynb #54001741
 @app.command()
 def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
@@ -232,11 +251,11 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     write_card(folder, text)
     say(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #13d2c3ff
+# %% ../nbs/06_cli.ipynb #3b642eaf
 def one_line(e: BaseException) -> str: # what, where, what to do
     "A user's error in one line, without control characters."
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return visible(" ".join(text.split()))
 
 # %% ../nbs/06_cli.ipynb #85d24e2a
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with

@@ -11,7 +11,7 @@ __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'AT_A_T
            'encoded_stream', 'read_encoded', 'encoding_key', 'forget_oldest', 'encode_questions', 'Example',
            'show_example', 'Gallery', 'show_styles']
 
-# %% ../nbs/01_data.ipynb #24ba4a37
+# %% ../nbs/01_data.ipynb #326fae46
 import csv, hashlib, importlib.metadata, io, json, os, random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from .files import write_whole
+from .files import visible, write_whole
+from .leakage import SHARED, drop_overlaps
 from .recipe import Recipe, shipped
 
 # %% ../nbs/01_data.ipynb #e8f1acdc
@@ -235,10 +236,10 @@ def find_problems(questions: list[Question]) -> dict[str, list[Question]]: # pro
     twice = [q for q in questions if id(q) not in same and len(contents.get(q.id, ())) > 1]
     return {name: rows for name, rows in {**found, "duplicate question": repeated, "duplicate id": twice}.items() if rows}
 
-# %% ../nbs/01_data.ipynb #550ea380
+# %% ../nbs/01_data.ipynb #b1dea2c6
 def describe(problems: dict[str, list[Question]], show: int = 3) -> str: # such as "empty option: 2 (line 3, q7)"
     "Counts per problem with the first rows' ids and places."
-    return "; ".join(f"{name}: {len(rows)} ({', '.join(f'{q.where} {q.id}' for q in rows[:show])}{', …' if len(rows) > show else ''})"
+    return "; ".join(f"{name}: {len(rows)} ({', '.join(visible(f'{q.where} {q.id}') for q in rows[:show])}{', …' if len(rows) > show else ''})"
                      for name, rows in problems.items()) or "no problems"
 
 # %% ../nbs/01_data.ipynb #30e428dc
@@ -285,16 +286,16 @@ def load_evaluation(recipe: Recipe) -> Loaded: # evaluation rows
     "The evaluation rows of a recipe; raises `ValueError`."
     return load_questions(recipe.eval_data or recipe.data, recipe.eval_split, recipe.label_base, limit=recipe.max_eval_rows)
 
-# %% ../nbs/01_data.ipynb #b7a7d7d8
+# %% ../nbs/01_data.ipynb #f091a344
 def load_pair(recipe: Recipe) -> tuple[Loaded, Loaded]: # training rows, evaluation rows
-    "The two sets of a recipe, without a question in common; raises `ValueError`."
-    evaluation = load_evaluation(recipe)
+    "The two sets of a recipe, without the overlap that drop_overlap names; raises `ValueError`."
+    evaluation = load_evaluation(replace(recipe, max_eval_rows=None))
     training = load_questions(recipe.data, recipe.train_split, recipe.label_base, training=True)
-    held_out, kept, shared = {identity(q) for q in evaluation.questions}, [], []
-    for q in training.questions: (shared if identity(q) in held_out else kept).append(q)
+    kept, gone = drop_overlaps(training.questions, evaluation.questions, recipe.drop_overlap)
     if not kept: raise ValueError(f"{recipe.data}: every training row is also an evaluation row; give eval_data another file or split")
-    problems = training.problems | ({"in the evaluation rows": shared} if shared else {})
-    return replace(training, questions=kept[:recipe.max_rows], problems=problems, dropped=training.dropped + len(shared)), evaluation
+    problems = training.problems | {SHARED[kind] + ", kept" * (recipe.drop_overlap == "none"): rows for kind, rows in gone.items() if rows}
+    training = replace(training, questions=kept[:recipe.max_rows], problems=problems, dropped=training.dropped + len(training.questions) - len(kept))
+    return training, replace(evaluation, questions=evaluation.questions[:recipe.max_eval_rows])
 
 # %% ../nbs/01_data.ipynb #8375b520
 import pandas as pd, seaborn as sns, matplotlib.pyplot as plt

@@ -7,9 +7,9 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'letters_ahead', 'letter_logprobs', 'prediction', 'records_file', 'read_records', 'length_batches',
            'even_batches', 'scoring_batches', 'one_behind', 'run_batches', 'choose_scoring', 'score_questions',
            'collect', 'wilson', 'share', 'majority_baseline', 'summarise', 'subject_table', 'plot_by_subject',
-           'plot_letters', 'begin_evaluation', 'record_packing', 'was_packed', 'write_evaluation', 'Comparison',
-           'mcnemar', 'paired_interval', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
-           'comparison_table', 'write_comparison']
+           'plot_letters', 'view_rows', 'views_table', 'plot_views', 'begin_evaluation', 'record_packing', 'was_packed',
+           'write_evaluation', 'Comparison', 'mcnemar', 'paired_interval', 'whole_prediction', 'read_evaluation',
+           'compare_evaluations', 'verdict', 'comparison_table', 'write_comparison']
 
 # %% ../nbs/04_evaluation.ipynb #f7096eb5
 import json, math
@@ -133,9 +133,9 @@ def prediction(q: Question, logprobs: list[float]) -> dict: # as written to pred
     return dict(id=q.id, subject=q.subject, answer=LETTERS[q.answer], prediction=best,
                 logprobs=dict(zip(LETTERS, (round(x, 6) for x in logprobs))), correct=best == LETTERS[q.answer])
 
-# %% ../nbs/04_evaluation.ipynb #52533d25
+# %% ../nbs/04_evaluation.ipynb #b526d019
 def records_file(folder: Path, # of an evaluation
-                 kind: str = "predictions", # or "generations"
+                 kind: str = "predictions", # or "options", "generations"
                  rank: int = 0 # the process
                 ) -> Path: # a JSON-lines file
     "Where a process writes its records."
@@ -288,7 +288,44 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #3dce421f
+# %% ../nbs/04_evaluation.ipynb #c82fdf05
+def view_rows(summary: dict # of an evaluation
+             ) -> dict[str, tuple[dict, str]]: # name -> n, accuracy and ci95; a note
+    "Each way of asking that a summary holds."
+    rows = {"letters": (summary, f"probability on the letters {summary['letter_mass']:.3f}")}
+    if o := summary.get("options"):
+        rows["options, per byte"] = o, f"ties {o['ties']}"
+        rows["options, summed"] = dict(n=o["n"], accuracy=o["accuracy_sum"], ci95=o["ci95_sum"]), "prefers short options"
+    if g := summary.get("generation"): rows["generation"] = g, f"unparseable answers {g['unparseable']:.1%}"
+    return rows
+
+# %% ../nbs/04_evaluation.ipynb #558d0c0c
+def views_table(summary: dict # of an evaluation
+               ) -> str: # a Markdown table
+    "Accuracy by each way of asking, with intervals, beside the baseline."
+    rows = [f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {note} |" for name, (s, note) in view_rows(summary).items()]
+    return "\n".join([f"| view (n = {summary['n']:,}) | accuracy | 95% interval | |", "|---|---|---|---|", f"| always one letter | {summary['majority_baseline']:.2%} | | |", *rows])
+
+# %% ../nbs/04_evaluation.ipynb #06c5c4e2
+def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the same questions
+              ) -> Figure: # a row a view, a colour a model
+    "Accuracy by each way of asking with 95% intervals, and the majority baseline."
+    first, names = next(iter(summaries.values())), list(dict.fromkeys(v for s in summaries.values() for v in view_rows(s)))
+    fig, ax = plt.subplots(figsize=(8, 1.3 + 0.4 * len(names) * max(1, 0.7 * len(summaries))), layout="constrained")
+    for k, (label, summary) in enumerate(summaries.items()):
+        rows = view_rows(summary)
+        for name, (s, note) in rows.items():
+            x, y, (low, high) = s["accuracy"] * 100, names.index(name) + 0.25 * (k - (len(summaries) - 1) / 2), (100 * e for e in s["ci95"])
+            ax.errorbar(x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], fmt="o", ms=4, capsize=2, color=f"C{k}", label=label if name == "letters" else None)
+            place = dict(xy=(high, y), xytext=(6, 0), ha="left") if high < 70 else dict(xy=(low, y), xytext=(-6, 0), ha="right")  # where there is room
+            ax.annotate(f"{x:.1f}%" + f", {note}" * (name == "generation"), **place, textcoords="offset points", va="center", fontsize=8, color=f"C{k}", bbox=dict(fc="white", ec="none", pad=1))
+    ax.axvline(first["majority_baseline"] * 100, ls=":", color="grey", label=f"always one letter ({first['majority_baseline']:.1%})")
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102), xlabel="accuracy, % (95% Wilson interval)", title=f"The same {first['n']:,} questions, asked in {len(names)} ways")
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/04_evaluation.ipynb #5094ff54
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -306,8 +343,8 @@ def begin_evaluation(folder: Path, # made if missing
         settings = dict.fromkeys(("weights", "seed"), None) | settings
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")
-        settings |= {k: before[k] for k in ("packed",) if k in before}
-    if not resume and (begun := [*folder.glob("predictions*.jsonl"), *folder.glob("generations*.jsonl")]):
+        settings |= {k: before[k] for k in ("packed", "shared_prompt") if k in before}
+    if not resume and (begun := [f for kind in ("predictions", "options", "generations") for f in folder.glob(f"{kind}*.jsonl")]):
         raise ValueError(f"{folder}: holds {begun[0].name} of another evaluation; use another --out, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
@@ -328,7 +365,7 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #7f28555c
+# %% ../nbs/04_evaluation.ipynb #7e989fd6
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
@@ -336,10 +373,14 @@ def write_evaluation(folder: Path, # exists
                      adapter: str | None, # its folder; none: the base model
                      views: dict[str, dict] | None = None # summaries of further views, by name
                     ) -> dict: # the summary
-    "Write summary.json, by_subject.csv and by_subject.png."
+    "Write summary.json, by_subject.csv and by_subject.png; with further views views.md and views.png, too."
     summary = summarise(predictions, questions, model, adapter) | (views or {})
     write_whole(folder / "by_subject.csv", subject_table(summary).to_csv(index=False))
-    save_figure(plot_by_subject({Path(adapter).parent.name if adapter else Path(model).name: summary}), folder / "by_subject.png")
+    label = Path(adapter).parent.name if adapter else Path(model).name
+    save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")
+    if views:
+        write_whole(folder / "views.md", views_table(summary) + "\n")
+        save_figure(plot_views({label: summary}), folder / "views.png")
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -427,14 +468,14 @@ def verdict(c: Comparison) -> str: # two or three sentences
     third = f" Probability on the four letters went from {c.letter_mass[0]:.2f} to {c.letter_mass[1]:.2f}: the answer's format was learnt." if moved else ""
     return f"{first} {second}{third}"
 
-# %% ../nbs/04_evaluation.ipynb #73467543
+# %% ../nbs/04_evaluation.ipynb #e5351705
 def comparison_table(c: Comparison, base: dict, tuned: dict) -> str: # a Markdown table
-    "Accuracy of both models with intervals, beside the baseline; a second view's rows where both have it."
+    "Accuracy of both models with intervals, beside the baseline; a further view's rows where both have it."
     def row(name, s, format): return f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {format} |"
-    both = [(f"{name}, {view}", s) for view in ("generation",) for name, s in (("base", base), ("tuned", tuned)) if view in base and view in tuned]
+    before, after = view_rows(base), view_rows(tuned)
+    both = [(f"{name}, {view}", *rows[view]) for view in before if view in after for name, rows in (("base", before), ("tuned", after))]
     return "\n".join([f"| model (n = {c.n:,}) | accuracy | 95% interval | format |", "|---|---|---|---|", f"| always one letter | {c.majority_baseline:.2%} | | |",
-                      *(row(f"{name}, letters", s, f"probability on the letters {s['letter_mass']:.3f}") for name, s in (("base", base), ("tuned", tuned))),
-                      *(row(name, s["generation"], f"unparseable answers {s['generation']['unparseable']:.1%}") for name, s in both)])
+                      *(row(name, s, note) for name, s, note in both)])
 
 # %% ../nbs/04_evaluation.ipynb #ab201d84
 def write_comparison(base_dir: Path, tuned_dir: Path, out: Path | None = None # folder for comparison.json, comparison.md and figures

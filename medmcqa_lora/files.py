@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_whole', 'write_json', 'save_figure', 'append_lines', 'append_line', 'read_lines', 'trim_lines',
-           'check_writable', 'bar_columns']
+           'check_writable', 'bar_columns', 'visible']
 
 # %% ../nbs/00a_files.ipynb #774f56b5
 import io, json, os, shutil, tempfile
@@ -87,3 +87,10 @@ def check_writable(out: Path, # what --out says, for the message
 def bar_columns() -> int: # characters, at most 110
     "The width for a progress bar: the terminal's, or 100 where there is none or it doesn't know."
     return min(110, shutil.get_terminal_size((100, 24)).columns)
+
+# %% ../nbs/00a_files.ipynb #c7eb83ae
+def visible(text: str, # to be shown
+            keep: str = "" # characters that stay although they don't print, such as a line break
+           ) -> str: # as long as before
+    "A text with a space in place of each character that doesn't print."
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else " " for c in text)

@@ -213,12 +213,12 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
     return folder
 
-# %% ../nbs/05_launch.ipynb #085763b1
-VIEWS = ("letters", "generation")  # ways of asking; letters always
+# %% ../nbs/05_launch.ipynb #8949b10a
+VIEWS = ("letters", "options", "generation")  # ways of asking; letters always
 
 def check_views(views) -> list[str]: # with letters first
     "Raises `ValueError` for a view that doesn't exist."
-    if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0]}: is not one of {', '.join(VIEWS)}")
+    if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0] or 'with an empty name'}: is not one of {', '.join(VIEWS)}; give names with commas between")
     return [v for v in VIEWS if v == "letters" or v in views]
 
 # %% ../nbs/05_launch.ipynb #3e3f7122

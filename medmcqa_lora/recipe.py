@@ -27,7 +27,7 @@ class ModelKeys:
     weights: Literal["pretrained", "random"] = "pretrained"  # random: made from config.json and the seed, to measure speed and memory
     fast: Literal["auto", "off", "require"] = "auto"  # fused kernels, grouped experts, variable-length attention: what there is, nothing of our own, or stop without the kernels
 
-# %% ../nbs/00_recipe.ipynb #c3c6042a
+# %% ../nbs/00_recipe.ipynb #166a1f5b
 @dataclass(kw_only=True)
 class DataKeys:
     "Which questions a run sees, and how one is written as text."
@@ -36,6 +36,7 @@ class DataKeys:
     train_split: str = "train"  # split of `data`, where the source has splits
     eval_split: str = "validation"  # split of `eval_data`, likewise
     label_base: Literal["auto", "0", "1"] = "auto"  # number of the first option in `cop`
+    drop_overlap: Literal["none", "exact", "normalised", "near"] = "exact"  # training rows that go: those as close as this to an evaluation row
     max_rows: int | None = None  # training rows, the first so many; none: all
     max_eval_rows: int | None = None  # evaluation rows, likewise
     prompt_style: Literal["plain", "chat", "lm_eval"] = "plain"  # how a question is written

@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
            'finish_run']
 
-# %% ../nbs/03_training.ipynb #35f709c7
+# %% ../nbs/03_training.ipynb #537f3635
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from .data import Encoded
 from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
+from .leakage import overlap_words
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 
@@ -53,7 +54,7 @@ def training_arguments(recipe: Recipe, # checked
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
-# %% ../nbs/03_training.ipynb #296fe541
+# %% ../nbs/03_training.ipynb #7b4e0284
 MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
@@ -62,7 +63,7 @@ def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
     run = Path(recipe.out or f"_runs/notebook-{time.strftime('%Y%m%d-%H%M%S')}")
     file, settings = run / "recipe.json", asdict(recipe)
     if resume and file.exists():
-        before = json.loads(file.read_text())
+        before = dict(drop_overlap="exact") | json.loads(file.read_text())  # what runs did before they could choose
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if k not in MAY_CHANGE and before.get(k) != v]
         if changed: raise ValueError(f"--resume {run}: the run was started with other settings ({'; '.join(changed)}); use the same, or another --out")
     if world.rank == 0:
@@ -281,10 +282,10 @@ def environment(world_size: int, **data: str) -> dict: # as written to environme
     return dict(versions=versions(), hardware=hardware(), processes=world_size, commit=git_commit(),
                 date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), data_sha256=data)
 
-# %% ../nbs/03_training.ipynb #05ec17f4
+# %% ../nbs/03_training.ipynb #7d421a2d
 CARD = """# {title}
 
-A LoRA adapter for `{model}`, trained on multiple-choice questions ({n} training examples from `{data}`).
+A LoRA adapter for `{model}`, trained on multiple-choice questions ({n} training examples from `{data}`).{overlap}
 It answers exam questions with a letter. It is no medical advice, and must not be used for any.
 
 ## Training
@@ -318,7 +319,7 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
-# %% ../nbs/03_training.ipynb #dc62751e
+# %% ../nbs/03_training.ipynb #e479cddb
 def write_card(run: Path, # with recipe.json, environment.json and result.json
                evaluation: str = "" # Markdown of the comparison; empty: the one in the run's comparison.md, if there is one
               ) -> Path: # README.md
@@ -329,7 +330,7 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
     gpus = [g["name"] for g in env["hardware"]["gpus"]]
     where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
     text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
-                       commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation)
+                       commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
     return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
 
 # %% ../nbs/03_training.ipynb #c54c559c

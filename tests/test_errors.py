@@ -296,6 +296,13 @@ def test_compare_needs_two_evaluations(cli, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("views, what", [("letters,guess", "--views guess"), ("letters,", "empty name"), ("", "empty name"), ("Options", "--views Options")])
+def test_views(views, what, cli, tmp_path):
+    out = tmp_path / "score"
+    check_one_line(cli("evaluate", "--recipe", "toy", "--views", views, "--out", out), what, "is not one of letters, options, generation")
+    assert not out.exists()
+
+
 def test_processes(cli, monkeypatch, capsys):
     import torch
 

@@ -216,6 +216,25 @@ def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
         launch_evaluate(replace(recipe, packing="off"), cut, adapter=one / "adapter", resume=True)
 
 
+@pytest.mark.parametrize("packing", sampled(["auto", "on"], 1))
+def test_all_views_in_two_processes_are_those_of_one(packing, tmp_path):
+    """Byte for byte, with the options' prompts shared (auto, on a CPU) or packed; the two go on with what one had begun."""
+    recipe = load_recipe("toy", {"per_device_eval_batch_size": "4", "packing": packing, "max_eval_rows": "20"})
+    views = ["generation", "options", "letters"]
+    whole, pair = launch_evaluate(recipe, tmp_path / "whole", views=views), tmp_path / "pair"
+    pair.mkdir()
+    (pair / "evaluation.json").write_bytes((whole / "evaluation.json").read_bytes())
+    (pair / "options.jsonl").write_bytes((text := (whole / "options.jsonl").read_bytes())[:len(text) // 3])  # cut off in the middle of a line
+    launch_evaluate(recipe, pair, views=views, nproc=2, resume=True)
+    kept = ("predictions.jsonl", "options.jsonl", "generations.jsonl", "summary.json", "views.md")
+    assert {name: (pair / name).read_bytes() for name in kept} == {name: (whole / name).read_bytes() for name in kept}
+    assert not list(pair.glob("*.rank*.jsonl")) and (pair / "views.png").stat().st_size > 1000
+    assert json.loads((whole / "evaluation.json").read_text())["shared_prompt"] == (packing == "auto")
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(summary["options"]) == {"n", "accuracy", "ci95", "accuracy_sum", "ci95_sum", "ties"} and set(summary["generation"]) == {"n", "accuracy", "ci95", "unparseable"}
+    assert "options, per byte" in (executed := (whole / "evaluate.ipynb").read_text()) and "options, summed" in executed
+
+
 def test_two_nodes(one, tmp_path):
     """Two launchers with one process each, as on two machines."""
     import socket

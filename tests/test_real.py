@@ -71,6 +71,26 @@ def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2)
     assert (batched.argmax(1) == alone.argmax(1)).all()
 
 
+def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2):
+    """Going on from the cache gives the numbers of a prompt of its own for each option, for questions with equal options, too."""
+    from medmcqa_lora.data import find_problems
+    from medmcqa_lora.model import load_model, load_tokenizer
+    from medmcqa_lora.options import choose_sharing, encode_options, option_logprobs, options_prompt, sharing_error
+    from medmcqa_lora.recipe import Recipe
+
+    recipe, loaded = Recipe(), load_questions(str(validation))
+    twins = [q for q in find_problems(loaded.questions)["duplicate options"] if len(set(q.options)) < 4]
+    questions = loaded.questions[:6] + twins[:2]
+    tokenizer, model = load_tokenizer(recipe), load_model(recipe).eval()
+    prompts, ends = encode_options(questions, tokenizer, recipe)
+    for q, p, four in zip(questions, prompts, ends):
+        assert tokenizer.decode(p) == options_prompt(q, "plain")[0] and [tokenizer.decode(e) for e in four] == [f" {o}" for o in q.options]
+    assert sharing_error(model, prompts, ends, tokenizer.pad_token_id) < 1e-4
+    assert choose_sharing(model, tokenizer, questions, recipe)[0]
+    sums = option_logprobs(model, prompts[-2:], ends[-2:], tokenizer.pad_token_id, shared=True)()
+    assert all(len(set(four)) == len(set(q.options)) for four, q in zip(sums, questions[-2:]))
+
+
 def check_demo(out: str, run: Path, n: int):
     """What a finished demo prints and leaves."""
     assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
