@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
            'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
-           'report_in_card', 'compare', 'report', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line',
-           'main']
+           'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of', 'bench', 'demo',
+           'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #889d78ba
 import sys
@@ -167,6 +167,21 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", he
     if out: check_folder(out, resume=False)
     say(write_report(folders, out))
     if out: say(f"report      {out}/report.md, {out}/report.json\nby subject  {out}/by_subject.csv\nfigure      {out}/figures/by_subject.png")
+
+# %% ../nbs/06_cli.ipynb #77c8ab5b
+@app.command()
+def cross_check(out: Annotated[Path, typer.Option("--out", help="The output folder.")], recipe: RecipeName = "demo", p: Params = [],
+                model: Annotated[str | None, typer.Option(help="A folder, hub id or built-in name, instead of the recipe's.")] = None,
+                adapter: Annotated[Path | None, typer.Option(help="The adapter/ folder of a run; none: the base model.")] = None,
+                data: Annotated[str | None, typer.Option(help="Evaluation rows: a file, `sample`, or a hub id.")] = None,
+                limit: Annotated[int | None, typer.Option(help="The first so many questions.")] = None, resume: Resume = False) -> None:
+    "Our letter scores beside lm-evaluation-harness's, question by question; exit 1 if ratios differ by more than 0.01 without explanation."
+    from medmcqa_lora.cross_check import describe_check, find_harness, run_cross_check
+    from medmcqa_lora.launch import check_folder
+    find_harness(); check_folder(out, resume)
+    found = run_cross_check(recipe_of(recipe, p, model=model, eval_data=data, max_eval_rows=limit, prompt_style="lm_eval", shots=0), out, adapter, resume, say)
+    say(f"\n{describe_check(found)}\ntable      {out}/cross_check.md\nsummary    {out}/cross_check.json\nquestions  {out}/questions.jsonl")
+    if found["unexplained"]: raise ValueError(f"{out}: {found['unexplained']:,} of {found['n']:,} questions differ from lm-evaluation-harness without an explanation; see cross_check.md there")
 
 # %% ../nbs/06_cli.ipynb #3020047c
 Adapter = Annotated[Path, typer.Argument(help="The adapter/ folder of a run.")]

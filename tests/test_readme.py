@@ -60,7 +60,7 @@ def test_make_targets(command):
 @pytest.mark.parametrize("command", INSTALL, ids=str)
 def test_installations(command):
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    named = {e for group in re.findall(r"\.\[([a-z,]+)\]", command) + re.findall(r"--extra (\w+)", command) for e in group.split(",")}
+    named = {e for group in re.findall(r"\.\[([a-z_,]+)\]", command) + re.findall(r"--extra (\w+)", command) for e in group.split(",")}
     assert named <= extras
     for file in re.findall(r"-r (\S+)", command):
         pins = (ROOT / file).read_text().splitlines()
