@@ -222,14 +222,14 @@ def power_note(changed: int, # questions on which the models differ in being rig
     told = f"the smallest true difference that a test at 5% finds four times in five is {found * 100:.1f} points" if not math.isnan(found) else "no difference could be found four times in five with so few changes"
     return f"{changed:,} of {n:,} answers changed between right and wrong; {told} (Connor 1987; `could show` in the table, with the same share of changes)."
 
-# %% ../nbs/04d_gain.ipynb #b5bf55c1
+# %% ../nbs/04d_gain.ipynb #06cf4461
 def plot_gain(s: Split) -> Figure: # a row a way of asking
     "Where the tuned model, the base and its references stand, with 95% Wilson intervals, and the two parts of the gain."
     rows = {f"base, {name}": x for name, x in s.references.items()} | {"tuned": s.tuned}
     base, best = s.references[AS_IT_IS] * 100, (s.references[AS_IT_IS] + s.format) * 100
     fig, ax = plt.subplots(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
-    for name, low, high, colour in (("format", base, best, "C1"), ("the rest", best, s.tuned * 100, "C2")):
-        ax.axvspan(*sorted((low, high)), color=colour, alpha=0.25, lw=0, label=f"{name}: {high - low:+.1f} points")
+    for name, low, high, colour, foot in (("format", base, best, "C1", 0.5), ("the rest", best, s.tuned * 100, "C2", 0)):
+        ax.axvspan(*sorted((low, high)), foot, foot + 0.5, color=colour, alpha=0.25, lw=0, label=f"{name}: {high - low:+.1f} points")
     ends = np.array([wilson(round(x * s.n), s.n) for x in rows.values()]) * 100
     x = np.array([*rows.values()]) * 100
     ax.errorbar(x, range(len(rows)), xerr=np.abs(ends.T - x), fmt="o", color="black", ms=5, capsize=3)
