@@ -325,7 +325,7 @@ def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #5094ff54
+# %% ../nbs/04_evaluation.ipynb #eb9e9457
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -344,7 +344,7 @@ def begin_evaluation(folder: Path, # made if missing
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")
         settings |= {k: before[k] for k in ("packed", "shared_prompt") if k in before}
-    if not resume and (begun := [f for kind in ("predictions", "options", "generations") for f in folder.glob(f"{kind}*.jsonl")]):
+    if not resume and (begun := [f for kind in ("predictions", "options", "generations", "orders") for f in folder.glob(f"{kind}*.jsonl")]):
         raise ValueError(f"{folder}: holds {begun[0].name} of another evaluation; use another --out, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
