@@ -9,6 +9,7 @@ predictions must agree. Target: the median ratio at least 3.
 
 All views of the first N questions, in alternation: letters, options' texts with the prompt's pass once for four and
 with one for each, generation. Both ways of the options must agree: the largest difference is recorded, in nats a token.
+Without a GPU, seconds are those of the processor (of all threads together; take one), since others may use it, too.
 """
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import alternate, record, spread, timed
+from common import alternate, record, spread
 
 from medmcqa_lora.data import LETTERS, load_questions, render_prompt
 from medmcqa_lora.evaluation import read_records, score_questions
@@ -55,14 +56,21 @@ def views(name: str = "demo", rows: str = "sample", n: str = "100", repeats: str
             "options, prompt repeated": (score_options, {"shared": False}), "generation": (generate_answers, {})}
     for view, (score, how) in ways.items():
         run(view, score, questions[:8], **how)  # warms up
-    taken = alternate({v: lambda v=v, s=s, h=h: timed(lambda: run(v, s, questions, **h)) for v, (s, h) in ways.items()}, int(repeats), warm=False)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # on a CPU others may have the cores
+
+    def seconds(view, score, how):
+        began = clock()
+        run(view, score, questions, **how)
+        return clock() - began
+
+    taken = alternate({v: lambda v=v, s=s, h=h: seconds(v, s, h) for v, (s, h) in ways.items()}, int(repeats), warm=False)
     one, other = said["options, prompt shared"], said["options, prompt repeated"]
     apart = max(abs(one[q.id]["logprobs"][c] - other[q.id]["logprobs"][c]) / one[q.id]["tokens"][c] for q in questions for c in LETTERS)
     same = sum(one[q.id]["prediction"] == other[q.id]["prediction"] for q in questions)
     print(f"options, both ways: same predictions for {same} of {len(questions)}, at most {apart:.1e} nats a token apart")
     rates = {f"{v}, questions/s": spread([len(questions) / t for t in ts]) for v, ts in taken.items()}
     ratio = spread([a / b for a, b in zip(taken["options, prompt repeated"], taken["options, prompt shared"])])
-    record("scoring", dict(what="views", recipe=name, rows=Path(rows).name, questions=len(questions), threads=torch.get_num_threads(), same_predictions=same, apart=apart),
+    record("scoring", dict(what="views", recipe=name, rows=Path(rows).name, questions=len(questions), threads=torch.get_num_threads(), clock=clock.__name__, same_predictions=same, apart=apart),
            rates | {"options, repeated / shared": ratio})
 
 
