@@ -124,15 +124,15 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #6a1e6c6b
+# %% ../nbs/06_cli.ipynb #0f3d02f7
 def tuned_run(tuned_dir: Path # an evaluation of a tuned model
              ) -> Path | None: # none: the run is not there, or not to be written
     "The folder of the run whose adapter an evaluation scored."
     import json, os
+    from medmcqa_lora.report import is_run
     adapter = json.loads((tuned_dir / "summary.json").read_text(encoding="utf-8")).get("adapter")
     run = Path(adapter).parent if adapter else None
-    whole = run and all((run / f"{n}.json").is_file() for n in ("recipe", "environment", "result"))
-    return run if whole and os.access(run, os.W_OK) else None
+    return run if run and is_run(run) and os.access(run, os.W_OK) else None
 
 def report_in_card(run: Path, text: str # Markdown
                   ) -> Path: # README.md

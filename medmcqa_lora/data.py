@@ -6,10 +6,10 @@
 __all__ = ['LETTERS', 'SUFFIXES', 'FIELDS', 'ERRORS', 'WARNINGS', 'ASK', 'AT_A_TIME', 'ENCODING', 'FORMAT', 'CACHED', 'Question',
            'read_file', 'read_source', 'flatten', 'settle_base', 'read_answer', 'identity', 'fingerprint',
            'to_question', 'find_problems', 'describe', 'distinct_ids', 'Loaded', 'load_questions', 'load_evaluation',
-           'load_pair', 'to_frame', 'plot_questions', 'effective_target', 'question_text', 'render_prompt',
-           'render_target', 'with_examples', 'sample_tokenizer', 'encode', 'encode_examples', 'shorten', 'Encoded',
-           'encoded_stream', 'read_encoded', 'encoding_key', 'forget_oldest', 'encode_questions', 'Example',
-           'show_example', 'Gallery', 'show_styles']
+           'load_pair', 'to_frame', 'plot_questions', 'effective_target', 'question_text', 'chat_prompt',
+           'render_prompt', 'render_target', 'with_examples', 'sample_tokenizer', 'encode', 'encode_examples',
+           'shorten', 'Encoded', 'encoded_stream', 'read_encoded', 'encoding_key', 'forget_oldest', 'encode_questions',
+           'Example', 'show_example', 'Gallery', 'show_styles']
 
 # %% ../nbs/01_data.ipynb #326fae46
 import csv, hashlib, importlib.metadata, io, json, os, random
@@ -338,7 +338,14 @@ def question_text(q: Question, style: str) -> str: # ends in a line break
     "Stem and options, before the word that asks for the answer."
     return f"Question: {q.question}\n" + "Choices:\n" * (style == "lm_eval") + "".join(f"{c}. {o}\n" for c, o in zip(LETTERS, q.options))
 
-# %% ../nbs/01_data.ipynb #dd21cb73
+# %% ../nbs/01_data.ipynb #f8d59a65
+def chat_prompt(turns: list[str], # of user and assistant, in turn, the user's last
+                tokenizer) -> str: # up to the assistant's answer
+    "A conversation by the tokenizer's template; raises `ValueError` if it has none."
+    if not getattr(tokenizer, "chat_template", None): raise ValueError("prompt_style = chat: this tokenizer has no chat template; use plain")
+    return tokenizer.apply_chat_template([dict(role=r, content=t) for r, t in zip(("user", "assistant") * len(turns), turns)], tokenize=False, add_generation_prompt=True)
+
+# %% ../nbs/01_data.ipynb #0473a090
 def render_prompt(q: Question, style: str, # prompt_style of the recipe
                   tokenizer=None, # needed for style chat
                   target: str = "letter" # what is asked for
@@ -348,9 +355,8 @@ def render_prompt(q: Question, style: str, # prompt_style of the recipe
     if style != "chat":
         before = "".join(f"{render_prompt(e, style, target=target)}{render_target(e, target, style)}\n\n" for e in q.shown)
         return before + question_text(q, style) + ("Explanation:" if asked == "explanation_then_letter" else "Answer:")
-    if not getattr(tokenizer, "chat_template", None): raise ValueError("prompt_style = chat: this tokenizer has no chat template; use plain")
-    turns = [(role, text) for e in q.shown for role, text in (("user", question_text(e, style) + ASK[effective_target(e, target)]), ("assistant", render_target(e, target, style)))]
-    return tokenizer.apply_chat_template([dict(role=r, content=t) for r, t in (*turns, ("user", question_text(q, style) + ASK[asked]))], tokenize=False, add_generation_prompt=True)
+    turns = [text for e in q.shown for text in (question_text(e, style) + ASK[effective_target(e, target)], render_target(e, target, style))]
+    return chat_prompt([*turns, question_text(q, style) + ASK[asked]], tokenizer)
 
 # %% ../nbs/01_data.ipynb #7213b7d3
 def render_target(q: Question, # labelled

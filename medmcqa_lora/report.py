@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'published', 'counted', 'published_summaries', 'check_published_questions', 'find_evaluations',
            'correct_of', 'against', 'overall_rows', 'gain_rows', 'subject_frame', 'subject_report', 'report_verdict',
-           'run_of', 'run_facts', 'report_text', 'write_report', 'leaderboard_row', 'published_rows', 'leaderboard']
+           'is_run', 'run_of', 'run_facts', 'report_text', 'write_report', 'leaderboard_row', 'published_rows',
+           'leaderboard']
 
 # %% ../nbs/04g_report.ipynb #67a780ae
 import json
@@ -124,11 +125,16 @@ def report_verdict(label: str, # base or tuned, perhaps with a folder behind a c
     place = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
     return f"{label}: {place} the published {kind} model, {gap * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, unpaired, n = {s['n']:,} each)."
 
-# %% ../nbs/04g_report.ipynb #6ce6ed20
+# %% ../nbs/04g_report.ipynb #4c23d87c
+def is_run(folder: Path) -> bool: # False: one of its records is missing
+    "Whether a folder holds a finished run."
+    return all((folder / f"{n}.json").is_file() for n in ("recipe", "environment", "result"))
+
+# %% ../nbs/04g_report.ipynb #61780609
 def run_of(folder: Path, summary: dict) -> Path | None: # of an evaluation; none: a base model's, or the run is not there
     "The folder of the run whose adapter an evaluation scored."
     if not summary.get("adapter"): return None
-    return next((run for run in (Path(summary["adapter"]).parent, folder.parent) if all((run / f"{n}.json").is_file() for n in ("recipe", "environment", "result"))), None)
+    return next((run for run in (Path(summary["adapter"]).parent, folder.parent) if is_run(run)), None)
 
 # %% ../nbs/04g_report.ipynb #26a9f614
 def run_facts(run: Path) -> dict: # recipe, commit, date, tokens, gpu_hours, hardware
