@@ -71,12 +71,13 @@ class TrainKeys:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     seed: int = 42  # of data order, initial adapter and dropout
 
-# %% ../nbs/00_recipe.ipynb #42d65961
+# %% ../nbs/00_recipe.ipynb #68bb4569
 @dataclass(kw_only=True)
 class RunKeys:
     "Checkpoints, logging, evaluation batches, processes, and the output folder."
     save_steps: int = 100  # optimizer steps between checkpoints
     save_total_limit: int = 2  # checkpoints kept
+    save_errors: Literal["stop", "warn"] = "stop"  # where a checkpoint can't be written, as on a full disk: end with the last one intact, or go on without it and say so
     logging_steps: int = 1  # optimizer steps a line of metrics.jsonl
     eval_steps: int | None = None  # optimizer steps between losses on the evaluation rows; none: never
     early_stopping_patience: int | None = None  # evaluations without a better loss before stopping; none: never
