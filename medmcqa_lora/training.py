@@ -26,12 +26,13 @@ from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
+from .stopping import same_everywhere, stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 
 # %% ../nbs/03_training.ipynb #8dc45c23
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
-             "save_total_limit", "logging_steps", "eval_steps")
+             "save_total_limit", "logging_steps", "eval_steps", "ddp_timeout")
 
 def training_arguments(recipe: Recipe, # checked
                        run: Path # the run's folder
@@ -55,7 +56,7 @@ def training_arguments(recipe: Recipe, # checked
     return arguments
 
 # %% ../nbs/03_training.ipynb #7b4e0284
-MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast")  # don't decide a loss
+MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
               resume: bool = False) -> Path: # the run's folder, made if missing
@@ -204,7 +205,9 @@ def train(trainer, run: Path, # its folder
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
     checkpoint = last_checkpoint(run) if resume else None
-    if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    same_everywhere(f"--resume {run}, the newest checkpoint", checkpoint.name if checkpoint else "none", "give all hosts one folder, or copy its checkpoints/ to each")
+    if not restore_finished(trainer, checkpoint):
+        with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
     lines = read_lines(run / "metrics.jsonl")
