@@ -8,7 +8,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
            'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #806c6f6f
+# %% ../nbs/03_training.ipynb #7671a21d
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +26,14 @@ from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
+from .stopping import stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 from .checkpoints import Keeper, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
 
-# %% ../nbs/03_training.ipynb #87a0c509
+# %% ../nbs/03_training.ipynb #c4bc9864
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
-             "save_total_limit", "logging_steps", "eval_steps")
+             "save_total_limit", "logging_steps", "eval_steps", "ddp_timeout")
 
 def training_arguments(recipe: Recipe, # checked
                        run: Path # the run's folder
@@ -56,8 +57,8 @@ def training_arguments(recipe: Recipe, # checked
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
-# %% ../nbs/03_training.ipynb #0cf8f7d4
-MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "save_errors")  # don't decide a loss
+# %% ../nbs/03_training.ipynb #cff79c2b
+MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout", "save_errors")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
               resume: bool = False) -> Path: # the run's folder, made if missing
@@ -230,13 +231,14 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #715b08f7
+# %% ../nbs/03_training.ipynb #ce8b073c
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
     checkpoint = open_checkpoint(trainer, resume)
-    if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not restore_finished(trainer, checkpoint):
+        with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
     lines = read_lines(run / "metrics.jsonl")
