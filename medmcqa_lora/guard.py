@@ -6,12 +6,12 @@
 __all__ = ['MARK', 'WATCH', 'marked', 'sweep', 'guarded', 'Steady', 'keep_notebooks_whole', 'last_output', 'Ending',
            'kernel_managers', 'watch_parent']
 
-# %% ../nbs/04h_guard.ipynb #37135c30
+# %% ../nbs/04h_guard.ipynb #af62a3b5
 import json, os, signal, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import psutil
-from .files import write_whole
+from .files import DiskError, write_whole
 
 # %% ../nbs/04h_guard.ipynb #84a34636
 MARK = "MEDMCQA_LORA_RUN"  # in the environment of every process of a run
@@ -66,13 +66,17 @@ class Steady:
     def write(self, text: str) -> None: self._try(self.stream.write, text)
     def flush(self) -> None: self._try(self.stream.flush)
 
-# %% ../nbs/04h_guard.ipynb #a5fcce29
-def keep_notebooks_whole() -> None:
+# %% ../nbs/04h_guard.ipynb #686e91ff
+def keep_notebooks_whole(): # papermill's new way to files; its `refused` says why the last notebook could not be written, or ""
     "Have papermill write notebooks under a temporary name first."
     from papermill.iorw import LocalHandler, papermill_io
     class Whole(LocalHandler):
-        def write(self, buf, path): write_whole(Path(self._cwd or ".") / path, buf)
-    papermill_io.register("local", Whole())
+        refused = ""
+        def write(self, buf, path):
+            try: write_whole(Path(self._cwd or ".") / path, buf); self.refused = ""
+            except DiskError as e: self.refused = str(e)
+    papermill_io.register("/", whole := Whole())  # asked before its own, which takes what no other scheme fits; the launcher gives whole paths
+    return whole
 
 # %% ../nbs/04h_guard.ipynb #73d5d036
 def last_output(notebook: Path # executed, as far as it got

@@ -127,8 +127,8 @@ def failure_kind(ename: str, evalue: str, # of the exception
     foreign = ename.startswith("Dist") or ename in ("RuntimeError", "TimeoutError", "ConnectionError") and WAITED.search(evalue)
     return "waited" if processes > 1 and foreign else "raised"
 
-# %% ../nbs/05_launch.ipynb #1b49f73f
-USER_ERRORS = ("ValueError", "RecipeError")
+# %% ../nbs/05_launch.ipynb #3ba76ce7
+USER_ERRORS = ("ValueError", "RecipeError", "DiskError")
 
 def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> str: # one line
     "A failed cell in one line."
@@ -169,7 +169,7 @@ def execute(job: dict, # as `run_notebook` writes it
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #72c71313
+# %% ../nbs/05_launch.ipynb #8cbd8a9b
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
@@ -177,13 +177,16 @@ def worker(job_file: str # written by `run_notebook`
     ending = Ending(job["patience"])
     for s in ENDINGS: signal.signal(s, ending)
     watch_parent(job["launcher"], ending, job["patience"] + 2)
-    keep_notebooks_whole()
+    whole = keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
     os.environ["MEDMCQA_LORA_TIMEOUT"] = str(job["parameters"].get("ddp_timeout", 600))
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
     if int(os.environ["TORCHELASTIC_RESTART_COUNT"]): keep_earlier(target)
-    if not (failed := execute(job, target, f"{Path(job_file).parent}/rank{rank}", ending, shown=rank == 0)): return
+    failed = execute(job, target, f"{Path(job_file).parent}/rank{rank}", ending, shown=rank == 0)
+    if whole.refused and job["parameters"].get("save_errors") == "warn": print(f"warning: {whole.refused}", file=sys.stderr)
+    elif whole.refused: failed = failed or ("raised", whole.refused)
+    if not failed: return
     kind, text = failed
     if ending.asked and kind != "stopped": kind = "ended"
     record_failure(text, kind)
@@ -280,16 +283,19 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #978aba01
+# %% ../nbs/05_launch.ipynb #3fc4c02d
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  **nodes) -> Path: # the run's folder
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
-    folder = Path(recipe.out or new_folder_name(name))
+    from medmcqa_lora.checkpoints import check_launch_room, check_resume
+    folder = Path(recipe.out or new_folder_name(name)).expanduser()
     check_folder(folder, resume or beside)
+    if resume: check_resume(folder, nproc * nodes.get("nnodes", 1))
     if slow := check_processes(nproc, nodes.get("nnodes", 1), nodes.get("rdzv_endpoint", "")): print(slow, file=sys.stderr)
     recipe = settle_parallel(recipe, processes := nproc * nodes.get("nnodes", 1))
     check_recipe_here(recipe, processes=processes)
+    check_launch_room(folder, recipe)
     run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
     return folder
 
