@@ -21,11 +21,12 @@ from medmcqa_lora.recipe import load_recipe
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 SMALL = dict(max_rows=10, max_eval_rows=2, per_device_train_batch_size=2, logging_steps=3, save_steps=4, max_steps=11)  # lines and checkpoints at different steps; epochs end in between
 RUNS = {"dropout": SMALL | dict(lora_dropout=0.1, gradient_accumulation_steps=2),  # random states; an epoch's last step has one batch
-        "early stopping": SMALL | dict(eval_steps=2, early_stopping_patience=3, learning_rate=0.1, save_total_limit=3)}
+        "early stopping": SMALL | dict(eval_steps=2, save_steps=2, early_stopping_patience=2, learning_rate=1.0, seed=8, save_total_limit=3)}
 SPEED = ("tokens_per_s", "peak_memory_gib")
 
 
 def words(settings: dict, processes: int, folder: Path) -> list[str]:
+    settings = settings | dict(per_device_train_batch_size=2 // processes)
     return ["train", "--recipe", "toy", *(w for k, v in settings.items() for w in ("-p", k, str(v))), "--nproc-per-node", str(processes), "--out", str(folder)]
 
 
@@ -135,10 +136,10 @@ def test_killed_at_any_moment_it_ends_the_same(seed, processes, tmp_path, never_
 
 
 def test_the_runs_to_compare_with_are_worth_it(never_stopped):
-    """Early stopping ends the one before its last step, and both have seen more than two epochs."""
-    kind = "early stopping"
-    result = json.loads((never_stopped(kind, 2) / "result.json").read_text())
-    assert 4 < result["steps"] < SMALL["max_steps"] and result["epochs"] > 2
+    """Early stopping ends the one before its last step, after the second epoch has begun and two evaluations without a better loss."""
+    whole = never_stopped("early stopping", 2)
+    result, evals = json.loads((whole / "result.json").read_text()), read_lines(whole / "evals.jsonl")
+    assert result["steps"] == 8 < SMALL["max_steps"] and result["epochs"] > 1 and min(evals, key=lambda e: e["eval_loss"])["step"] == 4
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(tmp_path, never_stopped):
