@@ -146,6 +146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'medmcqa_lora/checkpoints.py'),
                                           'medmcqa_lora.checkpoints.changed_versions': ( 'checkpoints.html#changed_versions',
                                                                                          'medmcqa_lora/checkpoints.py'),
+                                          'medmcqa_lora.checkpoints.check_best': ( 'checkpoints.html#check_best',
+                                                                                   'medmcqa_lora/checkpoints.py'),
                                           'medmcqa_lora.checkpoints.check_launch_room': ( 'checkpoints.html#check_launch_room',
                                                                                           'medmcqa_lora/checkpoints.py'),
                                           'medmcqa_lora.checkpoints.check_resume': ( 'checkpoints.html#check_resume',

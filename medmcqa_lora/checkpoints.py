@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'checksum', 'contents', 'seal', 'manifest', 'flaw', 'checkpoints', 'last_checkpoint', 'rows_fingerprint',
            'check_same', 'check_resume', 'changed_versions', 'Keeper', 'own_tokens', 'loop_state', 'is_finished',
            'join_loops', 'Rejoin', 'random_states', 'write_parts', 'write_state', 'finish', 'rotate', 'try_save',
-           'save_checkpoint', 'find_start', 'share', 'open_checkpoint', 'keep_checkpoints', 'run_bytes',
+           'save_checkpoint', 'find_start', 'share', 'open_checkpoint', 'check_best', 'keep_checkpoints', 'run_bytes',
            'check_run_room', 'check_launch_room']
 
 # %% ../nbs/02h_checkpoints.ipynb #5fc13cc8
@@ -257,10 +257,15 @@ def open_checkpoint(trainer, resume: bool) -> Path | None: # none: from the firs
     keeper.loop = json.loads((found / "loop.json").read_text()) if (found := share(trainer, found)) else {}
     return found
 
-# %% ../nbs/02h_checkpoints.ipynb #652b3a0a
+# %% ../nbs/02h_checkpoints.ipynb #6f48154b
+def check_best(trainer) -> None:
+    "Raises `ValueError` if the best checkpoint, whose adapter is to be a run's result, is broken."
+    if what := flaw(best := Path(trainer.state.best_model_checkpoint)): raise ValueError(f"{best}: was the best, and is broken ({what}); copy it again, or delete it and go on with --resume")
+
 def keep_checkpoints(trainer, keeper: Keeper) -> None: # a `transformers.Trainer`; changed in place
-    "Have a trainer save by `save_checkpoint`, and go on from it with nothing forgotten."
-    trainer.keeper = keeper
+    "Have a trainer save by `save_checkpoint`, read nothing unchecked, and go on with nothing forgotten."
+    trainer.keeper, load_best = keeper, trainer._load_best_model
+    trainer._load_best_model = lambda: (check_best(trainer), load_best())
     trainer._save_checkpoint = lambda model, trial: save_checkpoint(trainer)
     trainer.add_callback(Rejoin(trainer))
 

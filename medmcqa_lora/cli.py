@@ -254,13 +254,14 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #4d317631
+# %% ../nbs/06_cli.ipynb #c3604b1a
 def begin_demo(settings: Recipe, folder: Path, resume: bool) -> None:
     "Make a demo's folder, which no other process may use; raises `ValueError` if it holds something else."
     from medmcqa_lora.files import write_json
     from medmcqa_lora.folders import hold
     from medmcqa_lora.launch import check_folder
     check_folder(folder, resume)
+    if resume and not (folder / "demo.json").exists(): raise ValueError(f"--out {folder}: holds no demo to go on with; name its folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not (file := folder / "demo.json").exists(): write_json(file, vars(settings))
     hold(file, patience=3)

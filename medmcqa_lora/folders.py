@@ -55,10 +55,11 @@ def check_room(out: Path, need: int # bytes
     hint = f"; {left[0]} was left by an interrupted run and can be deleted" if left else ""
     if need > free: raise ValueError(f"--out {out}: needs {need / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB free; make room or choose another disk{hint}")
 
-# %% ../nbs/00b_folders.ipynb #608885d8
+# %% ../nbs/00b_folders.ipynb #04905f0f
 def tidy(folder: Path) -> list[str]: # names, sorted
-    "Delete what killed processes left half written in a folder, itself or one below; returns the names."
-    left = sorted(p for pattern in (".*.part", ".*.tmp") for top in (folder, folder / "checkpoints") for p in top.glob(pattern))
+    "Delete what killed processes left half written in a run's folder; returns the names."
+    def alive(p): return ".ipynb." in p.name and time.time() - p.stat().st_mtime < 60
+    left = sorted(p for pattern in (".*.part", ".*.tmp") for top in (folder, folder / "checkpoints", folder / "figures") for p in top.glob(pattern) if not alive(p))
     for p in left: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
     return [p.name for p in left]
 

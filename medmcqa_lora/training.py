@@ -8,7 +8,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
            'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #7671a21d
+# %% ../nbs/03_training.ipynb #e7e11d73
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from .leakage import overlap_words
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .stopping import stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
-from .checkpoints import Keeper, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
+from .checkpoints import Keeper, check_best, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
 
 # %% ../nbs/03_training.ipynb #c4bc9864
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
@@ -213,14 +213,16 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
-# %% ../nbs/03_training.ipynb #f307f3e9
+# %% ../nbs/03_training.ipynb #5973ae14
 def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there was nothing left to train
     "Load the adapter of a run whose last checkpoint is its end; transformers would train one step more."
     if checkpoint is None: return False
     loop = json.loads((checkpoint / "loop.json").read_text())
     if not loop["finished"]: return False
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    best = checkpoint.parent / loop["best"] if loop["best"] else checkpoint
+    best = named if loop["best"] and (named := checkpoint.parent / loop["best"]).is_dir() else checkpoint
+    trainer.state.best_model_checkpoint = str(best)
+    check_best(trainer)
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(best), device="cpu"))
     return True
 

@@ -169,3 +169,52 @@ def test_what_a_run_can_not_go_on_with(tmp_path, never_stopped):
         (p / MANIFEST).unlink()
     with pytest.raises(LaunchError, match="no checkpoint is intact"):
         launch_train(recipe, resume=True)
+
+
+APART = """
+import sys; from pathlib import Path; from types import SimpleNamespace
+from accelerate import PartialState
+from medmcqa_lora.checkpoints import Keeper, flaw, share
+state, own = PartialState(cpu=True), Path(sys.argv[1 + int(__import__("os").environ["RANK"])])
+trainer = SimpleNamespace(keeper=Keeper(own, None), is_world_process_zero=lambda: state.process_index == 0, args=SimpleNamespace(local_process_index=0), accelerator=state)
+found = share(trainer, own / "checkpoints/checkpoint-3" if state.process_index == 0 else None)
+assert found == own / "checkpoints/checkpoint-3" and not flaw(found), found
+"""
+
+
+@pytest.mark.skipif(not ALL, reason="make test-all; hosts that share a folder have nothing to copy")
+def test_hosts_without_a_common_folder_get_the_checkpoint(tmp_path):
+    import socket
+
+    (made := tmp_path / "host0/checkpoints/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "host1").mkdir()
+    (made / "optimizer.pt").write_bytes(random.Random(0).randbytes(100_000))
+    seal(made, dict(processes=2))
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    hosts = [str(tmp_path / f"host{i}") for i in (0, 1)]
+    both = [subprocess.Popen([sys.executable, "-c", APART, *hosts], stderr=subprocess.PIPE, text=True, env=os.environ | dict(RANK=str(i), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(port))) for i in (0, 1)]
+    told = [p.communicate(timeout=120)[1] for p in both]
+    assert [p.returncode for p in both] == [0, 0], told
+    assert (tmp_path / "host1/checkpoints/checkpoint-3/optimizer.pt").read_bytes() == (made / "optimizer.pt").read_bytes()
+
+
+@pytest.mark.skipif(not ALL, reason="make test-all; begin_demo and unfinished_demo are tested in 06_cli")
+@pytest.mark.parametrize("seen", ["base/predictions.jsonl", "recipe.json", "checkpoints/checkpoint-2", "tuned/evaluation.json"])
+def test_a_demo_goes_on(seen, tmp_path):
+    """Killed, and called again the same way, it takes up the folder that it had named, and does nothing twice."""
+    given, mark = ["demo", "--recipe", "toy", *(w for k, v in (dict(max_steps=4, save_steps=2, max_eval_rows=8, max_rows=10)).items() for w in ("-p", k, str(v)))], f"MARK{os.getpid()}demo"
+    run = subprocess.Popen([*COMMAND, *given], cwd=tmp_path, env=os.environ | {"MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(f"_runs/demo-*/{seen}")) and run.poll() is None:
+        time.sleep(0.005)
+    while left_alive := pids(mark):
+        for pid in left_alive:
+            os.kill(pid, signal.SIGKILL)
+        run.poll()
+    whole = (folder := next(tmp_path.glob("_runs/demo-*"))) / "base/summary.json"
+    before = whole.stat().st_mtime if whole.exists() else None
+    done = subprocess.run([*COMMAND, *given], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"going on with {folder.relative_to(tmp_path)}" in done.stdout and len(list(tmp_path.glob("_runs/*"))) == 1 and (folder / "comparison.json").exists()
+    assert before in (None, whole.stat().st_mtime)
