@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
-           'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of', 'bench', 'demo',
-           'one_line', 'main']
+           'expand_home', 'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate',
+           'tuned_run', 'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of',
+           'bench', 'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #889d78ba
 import sys
@@ -27,6 +27,12 @@ def join_params(argv: list[str]) -> list[str]: # with `-p KEY VALUE` as `-p KEY=
         key = words.pop(0)
         joined.append(f"{key}={words.pop(0)}" if "=" not in key and words and not words[0].startswith("--") else key)
     return joined
+
+# %% ../nbs/06_cli.ipynb #1044e7c1
+def expand_home(words: list[str]) -> list[str]: # with the home folder's path where --out has ~
+    "Read ~ as a shell does, for --out."
+    def home(before, w): return str(Path(w).expanduser()) if before == "--out" and w[:1] == "~" else f"--out={Path(w[6:]).expanduser()}" if w.startswith("--out=~") else w
+    return [home(before, w) for before, w in zip(["", *words], words)]
 
 # %% ../nbs/06_cli.ipynb #5615d704
 RecipeName = Annotated[str, typer.Option("--recipe", help="A section of settings.ini, or FILE.ini[:SECTION].")]
@@ -248,21 +254,46 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #54001741
+# %% ../nbs/06_cli.ipynb #c3604b1a
+def begin_demo(settings: Recipe, folder: Path, resume: bool) -> None:
+    "Make a demo's folder, which no other process may use; raises `ValueError` if it holds something else."
+    from medmcqa_lora.files import write_json
+    from medmcqa_lora.folders import hold
+    from medmcqa_lora.launch import check_folder
+    check_folder(folder, resume)
+    if resume and not (folder / "demo.json").exists(): raise ValueError(f"--out {folder}: holds no demo to go on with; name its folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (file := folder / "demo.json").exists(): write_json(file, vars(settings))
+    hold(file, patience=3)
+
+def unfinished_demo(settings: Recipe) -> Path | None: # none: begin a new one
+    "The newest demo's folder, if it was interrupted and had the same settings."
+    import json
+    from medmcqa_lora.folders import is_held
+    newest = max(Path("_runs").glob("demo-*"), default=None)
+    if newest is None or (newest / "comparison.json").exists() or is_held(newest / "demo.json"): return None
+    try: before = json.loads((newest / "demo.json").read_text())
+    except (OSError, ValueError): return None
+    return newest if before == json.loads(json.dumps(vars(settings))) else None
+
+# %% ../nbs/06_cli.ipynb #471bedc4
 @app.command()
-def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
+def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None, resume: Resume = False) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
     from medmcqa_lora.gain import write_gain
-    from medmcqa_lora.launch import check_folder, launch_evaluate, launch_train, new_folder_name
+    from medmcqa_lora.launch import launch_evaluate, launch_train, new_folder_name
     from medmcqa_lora.training import write_card
-    settings, folder = recipe_of(recipe, p), out or Path(new_folder_name("demo"))
-    check_folder(folder, resume=False)
+    settings = recipe_of(recipe, p)
+    if not out and (found := unfinished_demo(settings)): out, resume = found, True; say(f"going on with {out}, which was interrupted; --out FOLDER begins a new one")
+    folder = out or Path(new_folder_name("demo"))
+    begin_demo(settings, folder, resume)
+    def score(name, **more): launch_evaluate(settings, folder / name, views=["letters", "generation"], resume=(folder / name).is_dir(), **more)
     say(f"1/4  the score of {settings.model} as it is")
-    launch_evaluate(settings, folder / "base", views=["letters", "generation"])
+    if not (folder / "base/summary.json").exists(): score("base")
     say(f"\n2/4  training it on {settings.data}")
-    launch_train(recipe_of(recipe, p, out=folder), beside=True)
+    if not (folder / "README.md").exists(): launch_train(recipe_of(recipe, p, out=folder), beside=True, resume=(folder / "recipe.json").exists())
     say("\n3/4  the tuned model's score")
-    launch_evaluate(settings, folder / "tuned", adapter=folder / "adapter", views=["letters", "generation"])
+    if not (folder / "tuned/summary.json").exists(): score("tuned", adapter=folder / "adapter")
     say("\n4/4  comparison\n")
     text = write_gain(folder / "base", folder / "tuned", folder)
     write_card(folder, text)
@@ -274,12 +305,12 @@ def one_line(e: BaseException) -> str: # what, where, what to do
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
     return visible(" ".join(text.split()))
 
-# %% ../nbs/06_cli.ipynb #85d24e2a
+# %% ../nbs/06_cli.ipynb #dc85b25f
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted
     "Run the command line; `--debug` anywhere shows tracebacks."
     words = sys.argv[1:] if argv is None else argv
-    debug, words = "--debug" in words, join_params([w for w in words if w != "--debug"])
+    debug, words = "--debug" in words, expand_home(join_params([w for w in words if w != "--debug"]))
     try: app(words, prog_name="medmcqa-lora")
     except KeyboardInterrupt: print("interrupted", file=sys.stderr); sys.exit(130)
     except (ValueError, OSError, LaunchError) as e:

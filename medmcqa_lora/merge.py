@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'base_of', 'base_folder', 'Delta', 'check_plain',
            'check_kind', 'delta_of', 'read_deltas', 'factors', 'check_finite', 'read_table', 'weight_files', 'Part',
-           'base_shapes', 'renamer', 'read_parts', 'merged', 'overwrite', 'merge_file', 'check_new', 'check_room',
-           'whole_folder', 'companions', 'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm',
-           'vllm_tensors', 'vllm_config', 'export_card', 'export_adapter']
+           'base_shapes', 'renamer', 'read_parts', 'merged', 'overwrite', 'merge_file', 'check_new', 'companions',
+           'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm', 'vllm_tensors', 'vllm_config',
+           'export_card', 'export_adapter']
 
-# %% ../nbs/02c_merge.ipynb #64b956eb
-import copy, itertools, json, math, os, re, shutil, tempfile
-from contextlib import contextmanager
+# %% ../nbs/02c_merge.ipynb #426431c3
+import copy, itertools, json, math, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.std import tqdm
 from .files import bar_columns, check_writable, write_whole
+from .folders import check_room, whole_folder
 from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
 from .recipe import nearest
 
@@ -242,34 +241,6 @@ def check_new(out: Path # where a folder is to be written
     if out.is_symlink() or os.path.ismount(out): raise ValueError(f"--out {out}: is a {'link' if out.is_symlink() else 'mount point'}, which a finished folder can't replace; name a new folder inside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out {out}: is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
     check_writable(out, next(p for p in out.absolute().parents if p.exists()))
-
-# %% ../nbs/02c_merge.ipynb #e63031ad
-def check_room(out: Path, need: int # bytes
-              ) -> None:
-    "Raises `ValueError` if `out`'s disk hasn't the room."
-    free, left = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free, sorted(out.absolute().parent.glob(f".{out.name}-*.part"))
-    hint = f"; {left[0]} was left by an interrupted run and can be deleted" if left else ""
-    if need > free: raise ValueError(f"--out {out}: needs {need / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; make room or choose another disk{hint}")
-
-# %% ../nbs/02c_merge.ipynb #455a4855
-@contextmanager
-def whole_folder(out: Path # from `check_new`
-                ) -> Iterator[Path]: # to write into
-    "A folder that appears under its name when the block has ended without an error, and is on the disk by then."
-    def sync(path):
-        handle = os.open(path, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".part", dir=out.parent))
-    try:
-        yield work
-        work.chmod(0o755)  # mkdtemp's folders are private
-        for p in [*work.iterdir(), work]: sync(p)
-        work.rename(out)
-        sync(out.parent)
-    finally: shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/02c_merge.ipynb #994df6e4
 def companions(folder: Path) -> list[Path]: # config.json is the last

@@ -7,11 +7,11 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
            'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home', 'settle', 'own_generator',
            'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
-           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
-           'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table',
-           'plot_blocks']
+           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'sort_targets',
+           'save_adapter', 'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter',
+           'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #3c7519e9
+# %% ../nbs/02_model.ipynb #423f9213
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from .recipe import Recipe, nearest, shipped
 from .data import sample_tokenizer
+from .files import write_json
+from .folders import whole_folder
 from .blocks import speed_up, to_float8
 from .experts import is_grouped
 from .float8 import has_float8
@@ -459,21 +461,23 @@ def lora_report(model: nn.Module # with LoRA attached
     table = pd.DataFrame([dict(group=g, block=k, blocks=blocks(n), matrices=len(n), trainable=c) for (g, k), (n, c) in rows.items()])
     return table.assign(share=(table.trainable / table.trainable.sum()).round(4))
 
-# %% ../nbs/02_model.ipynb #f8a710c0
+# %% ../nbs/02_model.ipynb #2fe00ed2
+def sort_targets(file: Path # adapter_config.json
+                ) -> None:
+    "Put the names of an adapter's targets in order."
+    values = json.loads(file.read_text())
+    if isinstance(values.get("target_modules"), list): write_json(file, values | dict(target_modules=sorted(values["target_modules"])))
+
+# %% ../nbs/02_model.ipynb #3b9d6283
 def save_adapter(model: nn.Module, # a PEFT model
                  folder: Path, # one that exists is replaced
                  tensors: dict[str, Tensor] | None = None # of the adapter, by parameters' names; none: the model's own
                 ) -> Path: # the same folder
-    "Write the adapter in PEFT's format, whole or not at all."
-    work, old = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent)), None
-    try:
+    "Write the adapter in PEFT's format, whole or not at all; raises `DiskError`."
+    with whole_folder(folder) as work:
         model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
         (work / "README.md").unlink(missing_ok=True)  # a form that PEFT leaves blank; the run's card says more
-        for p in (work, *work.iterdir()): p.chmod(0o755 if p.is_dir() else 0o644)  # mkdtemp's folders and safetensors' files are private, and servers run as somebody else
-        if folder.exists(): folder.rename(old := work.with_name(f"{work.name}-old"))
-        work.rename(folder)
-        if old: shutil.rmtree(old)
-    finally: shutil.rmtree(work, ignore_errors=True)
+        sort_targets(work / "adapter_config.json")
     return folder
 
 # %% ../nbs/02_model.ipynb #1093aa59

@@ -71,18 +71,20 @@ class TrainKeys:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     seed: int = 42  # of data order, initial adapter and dropout
 
-# %% ../nbs/00_recipe.ipynb #42d65961
+# %% ../nbs/00_recipe.ipynb #68bb4569
 @dataclass(kw_only=True)
 class RunKeys:
     "Checkpoints, logging, evaluation batches, processes, and the output folder."
     save_steps: int = 100  # optimizer steps between checkpoints
     save_total_limit: int = 2  # checkpoints kept
+    save_errors: Literal["stop", "warn"] = "stop"  # where a checkpoint can't be written, as on a full disk: end with the last one intact, or go on without it and say so
     logging_steps: int = 1  # optimizer steps a line of metrics.jsonl
     eval_steps: int | None = None  # optimizer steps between losses on the evaluation rows; none: never
     early_stopping_patience: int | None = None  # evaluations without a better loss before stopping; none: never
     report_to: list[str] = field(default_factory=list)  # trackers, such as tensorboard or wandb; none: no tracker
     per_device_eval_batch_size: int = 32  # questions a process and scoring pass, at most
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several processes: a whole copy of the model in each (ddp), a share of it (fsdp), or a copy where one fits a GPU
+    ddp_timeout: int = 600  # seconds that a process waits for the others before it gives up; several processes alone
     out: str = ""  # the run's folder; empty: a new one under _runs/
 
 # %% ../nbs/00_recipe.ipynb #a3f83e98
@@ -140,7 +142,7 @@ def fits(value, # any object
 # %% ../nbs/00_recipe.ipynb #28fb5343
 POSITIVE = ("max_length", "lora_r", "lora_alpha", "learning_rate", "num_train_epochs", "per_device_train_batch_size",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "save_steps", "save_total_limit",
-            "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience")
+            "logging_steps", "max_rows", "max_eval_rows", "lora_r_experts", "eval_steps", "early_stopping_patience", "ddp_timeout")
 
 LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow one by one
 

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
            'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'can_record', 'pack_training',
-           'make_trainer', 'last_checkpoint', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
-           'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
-           'finish_run']
+           'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
+           'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #537f3635
+# %% ../nbs/03_training.ipynb #e7e11d73
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +20,20 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
 from .data import Encoded
-from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .files import DiskError, append_lines, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .folders import hold, release
 from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
+from .stopping import stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
+from .checkpoints import Keeper, check_best, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
 
-# %% ../nbs/03_training.ipynb #8dc45c23
+# %% ../nbs/03_training.ipynb #c4bc9864
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
-             "save_total_limit", "logging_steps", "eval_steps")
+             "save_total_limit", "logging_steps", "eval_steps", "ddp_timeout")
 
 def training_arguments(recipe: Recipe, # checked
                        run: Path # the run's folder
@@ -49,18 +51,19 @@ def training_arguments(recipe: Recipe, # checked
                           eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
                           greater_is_better=False if best else None, report_to=[t for t in recipe.report_to if t != "tensorboard"] or "none",
                           include_num_input_tokens_seen="non_padding" if recipe.backend == "unsloth" else "no", ddp_find_unused_parameters=False, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+    arguments.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
     keep_types(arguments)
     if arguments.n_gpu > 1: arguments._n_gpu = 1  # in a notebook on a host with several GPUs transformers would split batches, and packed rows can't be
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
-# %% ../nbs/03_training.ipynb #7b4e0284
-MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast")  # don't decide a loss
+# %% ../nbs/03_training.ipynb #cff79c2b
+MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout", "save_errors")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
               resume: bool = False) -> Path: # the run's folder, made if missing
     "Open a run's folder and record its settings; raises `ValueError` when resuming with others."
-    run = Path(recipe.out or f"_runs/notebook-{time.strftime('%Y%m%d-%H%M%S')}")
+    run = Path(recipe.out or f"_runs/notebook-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     file, settings = run / "recipe.json", asdict(recipe)
     if resume and file.exists():
         before = dict(drop_overlap="exact") | json.loads(file.read_text())  # what runs did before they could choose
@@ -68,6 +71,7 @@ def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
         if changed: raise ValueError(f"--resume {run}: the run was started with other settings ({'; '.join(changed)}); use the same, or another --out")
     if world.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
+        hold(run)
         write_json(file, settings)
     return run
 
@@ -78,10 +82,22 @@ def peak_memory_gib() -> float: # GiB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-# %% ../nbs/03_training.ipynb #d6d92a33
+# %% ../nbs/03_training.ipynb #9fd52405
 class MetricsWriter(TrainerCallback):
     "Appends a line a logged step to `metrics.jsonl`, and a line an evaluation to `evals.jsonl`."
-    def __init__(self, run: Path): self.run, self.seen, self.before, self.start, self.at = run, 0, 0, 0, time.perf_counter()
+    def __init__(self, run: Path, save_errors: str = "stop"): self.run, self.save_errors, self.waiting, self.seen, self.before, self.start, self.at = run, save_errors, {}, 0, 0, 0, time.perf_counter()
+
+    def flush(self): # raises `DiskError`
+        for name, lines in self.waiting.items(): append_lines(self.run / name, lines); lines.clear()
+
+    def write(self, name, line):
+        self.waiting.setdefault(name, []).append(line)
+        try: self.flush()
+        except DiskError as e:
+            if self.save_errors != "warn": raise
+            print(f"warning: {e}; its lines wait (save_errors = warn)", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs): self.flush()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
@@ -91,12 +107,12 @@ class MetricsWriter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
-        if "eval_loss" in logs: append_line(self.run / "evals.jsonl", {"step": state.global_step, "eval_loss": logs["eval_loss"]})
+        if "eval_loss" in logs: self.write("evals.jsonl", {"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs: return
         if not math.isfinite(logs["loss"]): raise ValueError(f"step {state.global_step}: the loss is {logs['loss']}; lower learning_rate, or train in another dtype")
         tokens, now = int(logs.get("num_tokens", state.num_input_tokens_seen - self.start)), time.perf_counter()
         speed = (tokens - self.seen) / max(now - self.at, 1e-9)
-        append_line(self.run / "metrics.jsonl", {"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs["learning_rate"],
+        self.write("metrics.jsonl", {"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs["learning_rate"],
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
@@ -156,7 +172,28 @@ def pack_training(trainer, # a `trl.SFTTrainer` around a PEFT model; changed in 
     trainer.get_train_dataloader = packed_loader
     if ours: use_head_loss(model); use_step(trainer, can_record(recipe, trainer.accelerator.num_processes))
 
-# %% ../nbs/03_training.ipynb #ded7bd0e
+# %% ../nbs/03_training.ipynb #3bad0157
+PACKAGES = ("medmcqa_lora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "papermill", "unsloth", "mamba_ssm", "causal_conv1d")
+
+def versions() -> dict[str, str]: # package -> version, for those installed
+    "Versions of what decides a run's numbers."
+    def version(p):
+        try: return importlib.metadata.version(p)
+        except importlib.metadata.PackageNotFoundError: return None
+    return {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
+
+# %% ../nbs/03_training.ipynb #6ab585f6
+def add_keeper(trainer, recipe: Recipe, run: Path, rows: tuple # `datasets.Dataset`s whose order decides losses
+              ) -> None:
+    "Keep a trainer's checkpoints in its run's folder; raises `ValueError` if its disk hasn't the room."
+    about = dict(processes=trainer.accelerator.num_processes, versions=versions())
+    if trainer.is_world_process_zero():
+        check_run_room(run, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), len(trainer.processing_class), recipe)
+        about["rows"] = rows_fingerprint(*rows)
+    writer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MetricsWriter))
+    keep_checkpoints(trainer, Keeper(run, writer, about, recipe.save_errors))
+
+# %% ../nbs/03_training.ipynb #0e6d0bef
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -167,28 +204,26 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
     from trl import SFTTrainer
     watch = [EarlyStoppingCallback(recipe.early_stopping_patience)] if recipe.early_stopping_patience else []
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
-                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run), Progress(), *watch])
+                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run, recipe.save_errors), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
+    add_keeper(trainer, recipe, run, (encoded.rows, trainer.eval_dataset))
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
     if packed: pack_training(trainer, recipe)
     shard(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
-# %% ../nbs/03_training.ipynb #959d926c
-def last_checkpoint(run: Path) -> Path | None: # none if there is no checkpoint yet
-    "The newest checkpoint of a run that has its trainer's state."
-    found = [p for p in (run / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-# %% ../nbs/03_training.ipynb #1c43b072
+# %% ../nbs/03_training.ipynb #5973ae14
 def restore_finished(trainer, checkpoint: Path | None) -> bool: # whether there was nothing left to train
     "Load the adapter of a run whose last checkpoint is its end; transformers would train one step more."
     if checkpoint is None: return False
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if not state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]: return False
-    trainer.state, best = state, str(checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name)  # the run may have moved
-    set_peft_model_state_dict(trainer.model, load_peft_weights(best, device="cpu"))
+    loop = json.loads((checkpoint / "loop.json").read_text())
+    if not loop["finished"]: return False
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = named if loop["best"] and (named := checkpoint.parent / loop["best"]).is_dir() else checkpoint
+    trainer.state.best_model_checkpoint = str(best)
+    check_best(trainer)
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(best), device="cpu"))
     return True
 
 # %% ../nbs/03_training.ipynb #189e7b76
@@ -198,13 +233,14 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #e56cce1a
+# %% ../nbs/03_training.ipynb #ce8b073c
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
-    checkpoint = last_checkpoint(run) if resume else None
-    if not restore_finished(trainer, checkpoint): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    checkpoint = open_checkpoint(trainer, resume)
+    if not restore_finished(trainer, checkpoint):
+        with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
     lines = read_lines(run / "metrics.jsonl")
@@ -250,16 +286,6 @@ class LiveCurve(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.drawn = 0.0  # the last steps, too
         self.on_log(args, state, control)
-
-# %% ../nbs/03_training.ipynb #3bad0157
-PACKAGES = ("medmcqa_lora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "papermill", "unsloth", "mamba_ssm", "causal_conv1d")
-
-def versions() -> dict[str, str]: # package -> version, for those installed
-    "Versions of what decides a run's numbers."
-    def version(p):
-        try: return importlib.metadata.version(p)
-        except importlib.metadata.PackageNotFoundError: return None
-    return {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
 
 # %% ../nbs/03_training.ipynb #a3994ce4
 def git_commit() -> str: # 40 hexadecimal digits, with "+changes" where the tree differs; empty outside a checkout
@@ -333,11 +359,13 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
     return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
 
-# %% ../nbs/03_training.ipynb #c54c559c
+# %% ../nbs/03_training.ipynb #bee42b58
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md
     "Write everything a finished run leaves, from rank 0."
     write_json(run / "environment.json", env)
     write_json(run / "result.json", result | dict(n=len(encoded.rows), too_long=len(encoded.too_long), shortened=len(encoded.shortened), epochs=round(trainer.state.epoch or 0, 2)))
     save_adapter(model, run / "adapter", trainer.adapter)
     save_figure(plot_loss(run), run / "figures/loss.png")
-    return write_card(run)
+    card = write_card(run)
+    release(run)
+    return card

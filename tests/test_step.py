@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -347,14 +348,12 @@ def test_accumulated_numbers_are_trls(tmp_path):
 
 def test_a_resumed_run_logs_what_the_whole_run_did(tmp_path):
     whole = run(tmp_path / "whole", save_steps=3)
-    run(tmp_path / "cut", save_steps=3, max_steps=3)
-    state = tmp_path / "cut/checkpoints/checkpoint-3/trainer_state.json"
-    state.write_text(state.read_text().replace('"should_training_stop": true', '"should_training_stop": false'))  # as if it had been cut off
+    shutil.rmtree(shutil.copytree(tmp_path / "whole", tmp_path / "cut") / "checkpoints/checkpoint-6")  # as if it had been cut off
     rest = run(tmp_path / "cut", save_steps=3, resume=True)
     assert [x["step"] for x in rest] == [4, 5, 6]
     tokens = whole[2]["num_tokens"]  # TRL counts from 0 again
     same_numbers([x | dict(num_tokens=x["num_tokens"] + tokens) for x in rest], whole[3:], 1e-6)
-    assert [m["loss"] for m in read_lines(tmp_path / "cut/metrics.jsonl")] == pytest.approx([x["loss"] for x in whole], abs=1e-6)
+    assert [m["loss"] for m in read_lines(tmp_path / "cut/metrics.jsonl")] == [x["loss"] for x in whole]
     assert [m["tokens"] for m in read_lines(tmp_path / "cut/metrics.jsonl")] == [x["num_tokens"] for x in whole]
 
 
