@@ -112,7 +112,7 @@ class Ending:
         "Raises `KeyboardInterrupt` if the worker is to end."
         if self.asked: raise KeyboardInterrupt
 
-# %% ../nbs/04h_guard.ipynb #c5649779
+# %% ../nbs/04h_guard.ipynb #af249191
 def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
     "A class of kernel managers whose kernel `ending` can end."
     from jupyter_client import AsyncKernelManager
@@ -120,6 +120,8 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             ending.manager = self
+
+        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked, restart=restart)
     return Managed
 
 # %% ../nbs/04h_guard.ipynb #c94af81d

@@ -127,8 +127,8 @@ def failure_kind(ename: str, evalue: str, # of the exception
     foreign = ename.startswith("Dist") or ename in ("RuntimeError", "TimeoutError", "ConnectionError") and WAITED.search(evalue)
     return "waited" if processes > 1 and foreign else "raised"
 
-# %% ../nbs/05_launch.ipynb #1b49f73f
-USER_ERRORS = ("ValueError", "RecipeError")
+# %% ../nbs/05_launch.ipynb #46f42455
+USER_ERRORS = ("ValueError", "RecipeError", "Stopped")
 
 def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> str: # one line
     "A failed cell in one line."
