@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'WATCH', 'ENDINGS', 'marked', 'sweep', 'guarded', 'Steady', 'keep_notebooks_whole', 'last_output', 'Ending',
-           'kernel_managers', 'watch_parent', 'last_resort']
+           'kernel_managers', 'end_with_parent', 'last_resort']
 
 # %% ../nbs/04h_guard.ipynb #37135c30
 import json, os, signal, subprocess, sys, threading, time, uuid
@@ -126,11 +126,11 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
         async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked, restart=restart)
     return Managed
 
-# %% ../nbs/04h_guard.ipynb #c94af81d
-def watch_parent(parent: int, # the parent's process id, from the parent: it may be gone before this one can ask
-                 end, # called once, when it is gone
-                 patience: float, # seconds from then on until this process ends in any case
-                 every: float = 1.0 # seconds between looks
+# %% ../nbs/04h_guard.ipynb #4d1ab96b
+def end_with_parent(parent: int, # the parent's process id, from the parent: it may be gone before this one can ask
+                    end=lambda: None, # called once, when it is gone
+                    patience: float = 0, # seconds from then on until this process ends in any case
+                    every: float = 1.0 # seconds between looks
                 ) -> None:
     "End this process soon after its parent has gone."
     def watch():

@@ -9,7 +9,7 @@ __all__ = ['WAITED', 'USER_ERRORS', 'MEETING', 'ORDER', 'VIEWS', 'new_folder_nam
            'LaunchError', 'Interrupted', 'Report', 'read_report', 'first_of', 'first_cause', 'how_to_go_on', 'start',
            'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #4e55ee49
+# %% ../nbs/05_launch.ipynb #e7e73979
 import json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import check_writable, write_json
-from .guard import ENDINGS, Ending, Steady, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort, watch_parent
+from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort
 from .hosts import ask_others, check_hosts, own_address, say_end, watching
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
@@ -170,14 +170,14 @@ def execute(job: dict, # as `run_notebook` writes it
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #59cb0ece
+# %% ../nbs/05_launch.ipynb #395e0c62
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
     ending = Ending(job["patience"])
     for s in ENDINGS: signal.signal(s, ending)
-    watch_parent(job["launcher"], ending, job["patience"] + 2)
+    end_with_parent(job["launcher"], ending, job["patience"] + 2)
     keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
