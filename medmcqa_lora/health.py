@@ -8,8 +8,8 @@ __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET'
            'stop_words', 'weights_finite', 'Guard', 'with_loss', 'needed', 'changes', 'that_fit', 'asked',
            'describe_memory_error', 'memory_explained']
 
-# %% ../nbs/02i_health.ipynb #ef60419e
-import json, math, re
+# %% ../nbs/02i_health.ipynb #523df73d
+import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
