@@ -8,12 +8,13 @@ __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_pro
            'LaunchError', 'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'check_same_weights',
            'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #7703b5cf
+# %% ../nbs/05_launch.ipynb #75827015
 import json, logging, os, shutil, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import check_writable, write_json
+from .progress import Passed, reported
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
@@ -129,7 +130,7 @@ def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> s
     last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
     return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
 
-# %% ../nbs/05_launch.ipynb #87867917
+# %% ../nbs/05_launch.ipynb #6a4da891
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises."
@@ -141,7 +142,7 @@ def worker(job_file: str # written by `run_notebook`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
     sockets = {"transport": "ipc", "ip": f"{Path(job_file).parent}/rank{rank}"}  # by default all ranks would share one path
-    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if rank == 0 else {}
+    streams = dict(stdout_file=Passed(sys.stdout, sys.stderr.isatty()), stderr_file=Passed(sys.stderr, sys.stderr.isatty())) if rank == 0 and not job["parameters"].get("quiet") else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python",
                                     progress_bar=False, cwd=job["cwd"], config=Config(KernelManager=sockets), **streams)
     except KeyboardInterrupt: sys.exit(130)  # the launcher speaks for all
@@ -200,9 +201,10 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #978aba01
+# %% ../nbs/05_launch.ipynb #e06bef87
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
+                 quiet: bool = False, # show nothing on the terminal
                  **nodes) -> Path: # the run's folder
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
     folder = Path(recipe.out or new_folder_name(name))
@@ -210,7 +212,8 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     if slow := check_processes(nproc, nodes.get("nnodes", 1), nodes.get("rdzv_endpoint", "")): print(slow, file=sys.stderr)
     recipe = settle_parallel(recipe, processes := nproc * nodes.get("nnodes", 1))
     check_recipe_here(recipe, processes=processes)
-    run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
+    with reported(folder, "training", Interrupted, quiet, first=not nodes.get("node_rank")):
+        run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume, "quiet": quiet}, nproc, **nodes)
     return folder
 
 # %% ../nbs/05_launch.ipynb #8949b10a
@@ -231,14 +234,15 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #c0c95238
+# %% ../nbs/05_launch.ipynb #48760bf5
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
                     resume: bool = False, # go on with what is there
                     nproc: int = 1, # processes
                     views: tuple[str, ...] = ("letters",), # of VIEWS
-                    orders: int = 0 # of the options, 2 to 24, in which letters are scored, too; 0: none
+                    orders: int = 0, # of the options, 2 to 24, in which letters are scored, too; 0: none
+                    quiet: bool = False # show nothing on the terminal
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
     from medmcqa_lora.model import check_adapter
@@ -249,6 +253,6 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
     if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
-    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders}
-    run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
+    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders, "quiet": quiet}
+    with reported(folder, "evaluation", Interrupted, quiet): run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

@@ -9,23 +9,23 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
            'finish_run']
 
-# %% ../nbs/03_training.ipynb #ce195c88
+# %% ../nbs/03_training.ipynb #7459c7ca
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt, seaborn as sns, torch
 from matplotlib.figure import Figure
 from IPython.display import display
-from tqdm.std import tqdm
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
 from .data import Encoded
-from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .files import append_line, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
 from .health import Guard, memory_explained, with_loss
+from .progress import Work, note
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 
@@ -101,25 +101,29 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #f0604afe
+# %% ../nbs/03_training.ipynb #e0513443
 class Progress(TrainerCallback):
-    "A progress bar of optimizer steps, on rank 0."
-    bar = None
+    "Shows optimizer steps, on rank 0."
+    work = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=1, ncols=bar_columns())
+        if state.is_world_process_zero: self.work = Work("train", state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
+        if self.work: self.work.update(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or "loss" not in (logs or {}): return
-        speed = logs.get("num_tokens", state.num_input_tokens_seen) / max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if not self.work or "loss" not in (logs or {}): return
+        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(logs.get("num_tokens", state.num_input_tokens_seen) / self.work.elapsed, 1))
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.work: note()  # an evaluation of the loss gets on, too
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.work: note(checkpoint=f"checkpoints/checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.close()
+        if self.work: self.work.close()
 
 # %% ../nbs/03_training.ipynb #287cfc75
 def check_trackers(report_to: list[str] # names of trackers
