@@ -6,14 +6,14 @@
 __all__ = ['NUMBERS', 'WORDS', 'SILENT', 'STUCK', 'STARTING', 'KEYS', 'EXIT', 'checked_beat', 'is_alive', 'patience', 'state_of',
            'last_saved', 'told_by_files', 'read_status', 'describe_status']
 
-# %% ../nbs/05d_status.ipynb #f5b2b6c6
+# %% ../nbs/05d_status.ipynb #e39d0346
 import math, socket, time
 from pathlib import Path
 import psutil
 from .files import read_lines
-from .progress import ENDED, clock, line_of, read_beat
+from .progress import ENDED, STATES, clock, line_of, read_beat
 
-# %% ../nbs/05d_status.ipynb #3d951447
+# %% ../nbs/05d_status.ipynb #8de3634c
 NUMBERS, WORDS = ("step", "steps", "loss", "tokens_per_s", "seconds_left", "time", "moved", "started", "pid"), ("state", "kind", "doing", "unit", "checkpoint", "cause", "host")
 
 def checked_beat(folder: Path) -> dict: # {} if there is none
@@ -21,6 +21,7 @@ def checked_beat(folder: Path) -> dict: # {} if there is none
     facts = read_beat(folder)
     def fits(k, v): return v is None or isinstance(v, str) if k in WORDS else v is None or type(v) in (int, float) and math.isfinite(v) and abs(v) < 1e15
     bad = [k for k in (*NUMBERS, *WORDS) if k in facts and not fits(k, facts[k])]
+    if facts.get("state", "training") not in STATES: bad.append("state")
     if facts and not (bad or {"state", "time", "pid", "host"} <= facts.keys()): bad = ["state, time, pid or host missing"]
     if bad: raise ValueError(f"{folder}/heartbeat.json: is no heartbeat of a run ({', '.join(bad)}); it was changed; delete it to be told what the other files say")
     return facts
