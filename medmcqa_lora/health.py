@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET', 'NO_RATE', 'NAMED', 'IN_A_ROW', 'LENGTHS',
-           'UNITS', 'judge', 'cause', 'Traced', 'blame', 'name', 'Judged', 'withhold', 'Judge', 'newest', 'bad_record',
-           'stop_words', 'weights_finite', 'Guard', 'with_loss', 'needed', 'changes', 'that_fit', 'asked',
-           'describe_memory_error', 'memory_explained']
+           'UNITS', 'judge', 'cause', 'Traced', 'blame', 'name', 'Judged', 'withhold', 'Rows', 'Judge', 'newest',
+           'bad_record', 'stop_words', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss', 'needed',
+           'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
 
 # %% ../nbs/02i_health.ipynb #523df73d
 import math, re
@@ -92,19 +92,13 @@ def withhold(optimizer: torch.optim.Optimizer, flag: Tensor # (), 1: the next st
     if flag.item():
         for p in (p for g in optimizer.param_groups for p in g["params"]): p.grad = None
 
-# %% ../nbs/02i_health.ipynb #450d2dee
-class Judge:
-    "Judges a trainer's steps on its device, and keeps what it found for the host."
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.trainer, self.rows, self.targets, self.pending, self.guess = recipe, None, [], None, [], math.log(1e6)
-
-    def attach(self, trainer) -> None: # a `trl.SFTTrainer`; changed in place
-        "Take the four entrances."
-        self.trainer, trainer.guard, a, device = trainer, self, trainer.accelerator, trainer.args.device
-        self.loss, self.flag, self.memory = (torch.zeros(shape, device=device) for shape in ((), (), (3,)))
-        self.guess = math.log(max(getattr(trainer.model.config, "vocab_size", 0) or 0, 1000))
-        self.fetch, self.make, self.before, self.clip = trainer.get_batch_samples, trainer.get_train_dataloader, a.backward, a.clip_grad_norm_
-        trainer.get_batch_samples, trainer.get_train_dataloader, a.backward, a.clip_grad_norm_ = self.fetched, self.loader, self.backward, self.clipped
+# %% ../nbs/02i_health.ipynb #bc4d14d1
+class Rows:
+    "Knows which examples are in a step."
+    def trace(self, trainer) -> None: # a `trl.SFTTrainer`; changed in place
+        "Take the entrances to a trainer's batches."
+        self.make, self.fetch, self.rows, self.targets = trainer.get_train_dataloader, trainer.get_batch_samples, [], None
+        trainer.get_train_dataloader, trainer.get_batch_samples = self.loader, self.fetched
 
     def loader(self): # a data loader
         "The trainer's, traced."
@@ -119,6 +113,19 @@ class Judge:
         self.rows = [i for b in batches for i in b.pop("question", [])]
         return batches, self.targets
 
+# %% ../nbs/02i_health.ipynb #f2573ff6
+class Judge(Rows):
+    "Judges a trainer's steps on its device, and keeps what it found for the host."
+    def __init__(self, recipe: Recipe): self.recipe, self.trainer, self.pending = recipe, None, []
+
+    def attach(self, trainer) -> None: # a `trl.SFTTrainer`; changed in place
+        "Take the four entrances."
+        self.trainer, trainer.guard, a, device = trainer, self, trainer.accelerator, trainer.args.device
+        self.loss, self.flag, self.memory = (torch.zeros(shape, device=device) for shape in ((), (), (3,)))
+        self.guess = math.log(max(getattr(trainer.model.config, "vocab_size", 0) or 0, 1000))
+        self.trace(trainer)
+        self.before, self.clip, a.backward, a.clip_grad_norm_ = a.backward, a.clip_grad_norm_, self.backward, self.clipped
+
     def backward(self, loss: Tensor, **kwargs) -> None:
         "The backward pass of a micro-batch; part of a recording where there is one."
         self.loss.add_(loss.detach())
@@ -130,16 +137,13 @@ class Judge:
         self.judged(whole(norm))
         return norm
 
-    def rate(self) -> float: # of the step that is to come
-        return self.trainer.optimizer.param_groups[0]["lr"]
-
     def judged(self, norm: Tensor) -> None: # ()
         "Judge the step, tell the optimizer, keep the verdict; asks the device for nothing."
         state, total, optimizer = self.trainer.state, self.loss.clone(), self.trainer.optimizer
         if (processes := self.trainer.args.world_size) > 1: dist.all_reduce(total); total /= processes
         targets = torch.ones_like(total) if self.targets is None else torch.as_tensor(self.targets, device=total.device)
         wrong, self.memory = judge(total, norm, targets, self.memory, self.guess)
-        if self.rate() == 0 and not (state.global_step == 0 and self.recipe.warmup_steps and state.max_steps > 1): wrong = wrong + NO_RATE
+        if optimizer.param_groups[0]["lr"] == 0 and not (state.global_step == 0 and self.recipe.warmup_steps and state.max_steps > 1): wrong = wrong + NO_RATE
         bad = (wrong > 0).float()
         self.flag = torch.maximum(self.flag, bad) if self.recipe.on_bad_step == "stop" else bad
         withhold(getattr(optimizer, "optimizer", optimizer), self.flag)
@@ -172,17 +176,9 @@ def stop_words(j: Judged, ids: list[str], recipe: Recipe, run: Path # its folder
     way = " and -p on_bad_step skip leave such steps out" if recipe.on_bad_step == "stop" else f" goes on from it; {IN_A_ROW} steps in a row were skipped"
     return f"step {j.step}: {cause(j.wrong, j.loss, j.norm)}; {name(ids)}{f' (all in {run}/bad_step.json)' * (len(ids) > NAMED)}{newest(run)}; --resume{way}"
 
-# %% ../nbs/02i_health.ipynb #89000d98
-def weights_finite(model, processes: int) -> bool: # of all processes
-    "Whether everything that trains is finite."
-    parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in model.parameters() if p.requires_grad]
-    odd = torch.stack([(~torch.isfinite(p)).any() for p in parts]).any().float()
-    if processes > 1: dist.all_reduce(odd)
-    return not odd.item()
-
-# %% ../nbs/02i_health.ipynb #df34d25c
-class Guard(TrainerCallback, Judge):
-    "Stops a run at bad steps, or records that they were left out; goes before callbacks that write."
+# %% ../nbs/02i_health.ipynb #6d815b5a
+class Decide(Judge):
+    "Stops a run at bad steps, or records that they were left out."
     def __init__(self, recipe: Recipe, encoded: Encoded, run: Path): # run: its folder
         super().__init__(recipe)
         self.encoded, self.run, self.since, self.in_a_row = encoded, run, [], 0
@@ -211,9 +207,25 @@ class Guard(TrainerCallback, Judge):
         self.since += found
         return found
 
+# %% ../nbs/02i_health.ipynb #ac164e9d
+def weights_finite(model, processes: int) -> bool: # of all processes
+    "Whether everything that trains is finite."
+    parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in model.parameters() if p.requires_grad]
+    odd = torch.stack([(~torch.isfinite(p)).any() for p in parts]).any().float()
+    if processes > 1: dist.all_reduce(odd)
+    return not odd.item()
+
+def suspicious(j: Judged, memory: list[float] # the last step, and the memory after it
+              ) -> bool: # False: also while there is no reference
+    "Whether a step's loss alone is above the limit of the running mean."
+    return not j.wrong and memory[0] > STEADY and j.loss > EXPLODED * max(memory[1], math.log(4))
+
+# %% ../nbs/02i_health.ipynb #e8ba4554
+class Guard(TrainerCallback, Decide):
+    "Looks when a line, a checkpoint, an evaluation or the end is due; goes before callbacks that write."
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = [e for e in state.log_history if "guard" in e]
-        self.memory, self.in_a_row = torch.tensor(kept[-1]["guard"], device=args.device) if kept else torch.zeros(3, device=args.device), int(kept[-1]["in_a_row"]) if kept else 0
+        kept = next((e for e in state.log_history if "guard" in e), dict(guard=[0.0] * 3, in_a_row=0))
+        self.memory, self.in_a_row = torch.tensor(kept["guard"], device=args.device), kept["in_a_row"]
         self.flag, self.pending, self.since = torch.zeros((), device=args.device), [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -225,8 +237,7 @@ class Guard(TrainerCallback, Judge):
         "Save nothing that may be bad; raises `ValueError` for weights that are not finite."
         if not weights_finite(model, self.trainer.args.world_size): raise ValueError(f"step {state.global_step}: weights of the adapter are not finite; lower learning_rate{newest(self.run)}")
         memory = self.memory.tolist()
-        high = found and not found[-1].wrong and memory[0] > STEADY and found[-1].loss > EXPLODED * max(memory[1], math.log(4))
-        if high and state.global_step < state.max_steps: control.should_save = False
+        if found and suspicious(found[-1], memory) and state.global_step < state.max_steps: control.should_save = False
         state.log_history = [e for e in state.log_history if "guard" not in e] + [dict(step=state.global_step, guard=memory, in_a_row=self.in_a_row)]
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -197,14 +197,14 @@ def drawn_bar(folder: Path, file, every: float = 1.0): # a terminal; seconds
     try: yield
     finally: stopped.set(); thread.join(); draw("\n")
 
-# %% ../nbs/02j_progress.ipynb #798aa2ba
+# %% ../nbs/02j_progress.ipynb #fd3dec7a
 class Passed:
     "A stream for what a run prints: lines of progress are left out where a bar shows them."
-    def __init__(self, file, bar: bool): self.file, self.bar = file, bar
+    def __init__(self, file, bar: bool): self.file, self.bar, self.clear = file, bar, "\r\x1b[K" * (bar and file.isatty())
 
     def write(self, text: str) -> int:
         rest = LINE.sub("", text) if self.bar else text
-        if rest: self.file.write("\r\x1b[K" * self.bar + rest)
+        if rest: self.file.write(self.clear + rest)
         return len(text)
 
     def flush(self) -> None: self.file.flush()
