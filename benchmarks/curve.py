@@ -59,7 +59,7 @@ def curve(recipe: Recipe, order: int, tokenizer, encoded, held_out, folder: Path
     folder.mkdir()
     model, began = attach_lora(load_model(recipe), recipe), time.perf_counter()
     train(make_trainer(model, tokenizer, encoded, replace(recipe, seed=order), folder, held_out, packed=True), folder)
-    return dict(losses=[m["loss"] for m in read_lines(folder / "metrics.jsonl")], held_out=[e["eval_loss"] for e in read_lines(folder / "evals.jsonl")],
+    return dict(losses=[m["loss"] for m in read_lines(folder / "metrics.jsonl") if "loss" in m], held_out=[e["eval_loss"] for e in read_lines(folder / "evals.jsonl")],
                 seconds=round(time.perf_counter() - began, 1))
 
 

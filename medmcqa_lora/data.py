@@ -434,15 +434,16 @@ def shorten(q: Question, by: int) -> Question: # a word is at least a token
     "The question without the last `by` words of its explanation."
     return replace(q, explanation=" ".join(q.explanation.split()[:-by]))
 
-# %% ../nbs/01_data.ipynb #34e57405
+# %% ../nbs/01_data.ipynb #e7d2ed18
 @dataclass(frozen=True)
 class Encoded:
     "Training examples as token ids, and what `max_length` did to them."
-    rows: Sequence[dict]  # a `datasets.Dataset` with columns input_ids, labels; a row an example
+    rows: Sequence[dict]  # a `datasets.Dataset` with columns input_ids, labels, question (its number); a row an example
     too_long: list[Question]  # left out: more than max_length tokens
     tokens: int  # in all rows
     shortened: list[Question]  # as they were before their explanation was cut
     note: str = ""  # what became of the cache, for the log
+    questions: Sequence[Question] = ()  # that the rows' numbers count, so that a bad step can name its examples
 
 # %% ../nbs/01_data.ipynb #5f3dbd77
 def _fit(questions: list[Question], tokenizer, recipe: Recipe) -> list[dict]: # of {input_ids, labels, shortened}, of any length
@@ -471,7 +472,7 @@ def encoded_stream(questions: list[Question], tokenizer, recipe: Recipe) -> memo
     sink.write(hashlib.sha256(sink.getbuffer()).hexdigest().encode())
     return sink.getbuffer()
 
-# %% ../nbs/01_data.ipynb #97d2b6ea
+# %% ../nbs/01_data.ipynb #8534b1e0
 def read_encoded(stream, # from `encoded_stream`: bytes, or an Arrow buffer on a mapped file
                  questions: list[Question], # the same
                  note: str = "" # for the log
@@ -482,8 +483,8 @@ def read_encoded(stream, # from `encoded_stream`: bytes, or an Arrow buffer on a
     table, digest = pa.ipc.open_stream(stream).read_all(), bytes(stream[-64:]).decode()
     of, cut = table["question"].to_pylist(), table["shortened"].to_pylist()
     fits = set(of)
-    return Encoded(Dataset(table.select(["input_ids", "labels"]), fingerprint=digest), [q for i, q in enumerate(questions) if i not in fits],
-                   sum(len(ids.flatten()) for ids in table["input_ids"].chunks), [questions[i] for i, c in zip(of, cut) if c], note)
+    return Encoded(Dataset(table.select(["input_ids", "labels", "question"]), fingerprint=digest), [q for i, q in enumerate(questions) if i not in fits],
+                   sum(len(ids.flatten()) for ids in table["input_ids"].chunks), [questions[i] for i, c in zip(of, cut) if c], note, questions)
 
 # %% ../nbs/01_data.ipynb #e6a9d153
 ENCODING = ("prompt_style", "target", "max_length")  # the recipe's keys that decide an encoded row

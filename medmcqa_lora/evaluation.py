@@ -12,7 +12,7 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict', 'comparison_table',
            'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #f7096eb5
+# %% ../nbs/04_evaluation.ipynb #acb33e4f
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torc
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
-from tqdm.std import tqdm
 from .recipe import Recipe
 from .data import LETTERS, Question, fingerprint, render_prompt, render_target
-from .files import append_lines, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
+from .progress import Work
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
 
 # %% ../nbs/04_evaluation.ipynb #81014463
@@ -184,24 +184,24 @@ def one_behind(batches: list, begin # function of a batch that begins its work a
         if len(waiting) > 1: before, records = waiting.pop(0); yield before, records()
     for batch, records in waiting: yield batch, records()
 
-# %% ../nbs/04_evaluation.ipynb #871abe51
+# %% ../nbs/04_evaluation.ipynb #0af20a19
 def run_batches(questions: list[Question], rows: list[list[int]], # N, and their N × (T,) ids
                 batches: list[list[int]], # indices of questions, of all processes
                 folder: Path, kind: str, # exists; name of the records
                 work, # function of a batch's indices that begins its work and returns a function which gives the records
                 rank: int = 0, world_size: int = 1, # this process among all
-                quiet: bool = False # no progress bar
+                quiet: bool = False # no progress
                ) -> None:
     "Append `work`'s records to this process' file, batch by batch; skips what any process has done."
     done, file = read_records(folder, kind), records_file(folder, kind, rank)
     trim_lines(file)
     mine, tokens = [b for b in batches[rank::world_size] if any(questions[i].id not in done for i in b)], 0
-    with tqdm(total=sum(map(len, mine)), desc=kind, unit="question", mininterval=1, disable=quiet or rank > 0, ncols=bar_columns()) as bar:
-        for batch, records in one_behind(mine, work):
-            append_lines(file, [r for r in records if r["id"] not in done])
-            tokens += sum(len(rows[i]) for i in batch)
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
+    shown = Work(kind, sum(map(len, mine)), "question", quiet=quiet or rank > 0, state="scoring")
+    for batch, records in one_behind(mine, work):
+        append_lines(file, [r for r in records if r["id"] not in done])
+        tokens += sum(len(rows[i]) for i in batch)
+        shown.update(shown.facts["step"] + len(batch), tokens_per_s=round(tokens / shown.elapsed, 1))
+    shown.close()
 
 # %% ../nbs/04_evaluation.ipynb #1f90ee11
 def choose_scoring(model: nn.Module, # with or without LoRA

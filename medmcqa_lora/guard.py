@@ -53,7 +53,7 @@ def guarded(patience: float # seconds that processes get to end by themselves if
         sweep(mark)
         guard.stdin.close(); guard.wait()
 
-# %% ../nbs/04h_guard.ipynb #dfd72238
+# %% ../nbs/04h_guard.ipynb #3ea80da9
 class Steady:
     "A text stream that goes on when nobody reads it any more."
     def __init__(self, stream): self.stream = stream # such as sys.stdout
@@ -65,6 +65,7 @@ class Steady:
 
     def write(self, text: str) -> None: self._try(self.stream.write, text)
     def flush(self) -> None: self._try(self.stream.flush)
+    def isatty(self) -> bool: return self.stream.isatty()
 
 # %% ../nbs/04h_guard.ipynb #686e91ff
 def keep_notebooks_whole(): # papermill's new way to files; its `refused` says why the last notebook could not be written, or ""

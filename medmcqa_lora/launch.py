@@ -9,7 +9,7 @@ __all__ = ['WAITED', 'USER_ERRORS', 'MEETING', 'ORDER', 'VIEWS', 'new_folder_nam
            'LaunchError', 'Interrupted', 'Report', 'read_report', 'first_of', 'first_cause', 'how_to_go_on', 'start',
            'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #073d4255
+# %% ../nbs/05_launch.ipynb #6266f174
 import json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ from .recipe import Recipe, shipped
 from .files import check_writable, write_json
 from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort
 from .hosts import ask_others, check_hosts, own_address, say_end, watching
+from .progress import Passed, reported
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
@@ -152,7 +153,7 @@ def keep_earlier(target: Path # such as train.ipynb
     "Rename an executed notebook that is in the way, to train.1.ipynb or the next free number."
     if target.exists(): target.rename(next(p for n in range(1, 10**6) if not (p := target.with_suffix(f".{n}.ipynb")).exists()))
 
-# %% ../nbs/05_launch.ipynb #0a02b87a
+# %% ../nbs/05_launch.ipynb #e1983668
 def execute(job: dict, # as `run_notebook` writes it
             target: Path, # the executed notebook
             sockets: str, # a path of this process alone
@@ -162,7 +163,7 @@ def execute(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
-    streams = dict(stdout_file=Steady(sys.stdout), stderr_file=Steady(sys.stderr)) if shown else {}
+    streams = {f"{n}_file": Passed(Steady(getattr(sys, n)), sys.stderr.isatty()) for n in ("stdout", "stderr")} if shown else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
                                     config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), on_cell_start=ending.check, **streams)
     except papermill.PapermillExecutionError as e: return failure_kind(e.ename, e.evalue, job["parameters"]["world_size"]), failure_text(e.ename, e.evalue, e.exec_count, target)
@@ -170,7 +171,7 @@ def execute(job: dict, # as `run_notebook` writes it
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #fed44477
+# %% ../nbs/05_launch.ipynb #04b6813e
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
@@ -185,7 +186,7 @@ def worker(job_file: str # written by `run_notebook`
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
     if job["restarts"]: keep_earlier(target); job["parameters"] |= {"resume": True} if any(Path(job["folder"]).glob("checkpoints/checkpoint-*")) else {}
     if job["interface"]: os.environ.setdefault("GLOO_SOCKET_IFNAME", job["interface"])
-    failed = execute(job, target, f"{Path(job_file).parent}/rank{rank}", ending, shown=rank == 0)
+    failed = execute(job, target, f"{Path(job_file).parent}/rank{rank}", ending, shown=rank == 0 and not job["parameters"].get("quiet"))
     if whole.refused and job["parameters"].get("save_errors") == "warn": print(f"warning: {whole.refused}", file=sys.stderr)
     elif whole.refused: failed = failed or ("raised", whole.refused)
     if not failed: return
@@ -310,9 +311,10 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #eb985de8
+# %% ../nbs/05_launch.ipynb #9199bbfb
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
+                 quiet: bool = False, # show nothing on the terminal
                  **nodes) -> Path: # the run's folder
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
     from medmcqa_lora.checkpoints import check_launch_room, check_resume
@@ -325,7 +327,8 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     recipe = settle_parallel(recipe, processes := nproc * nnodes)
     check_recipe_here(recipe, processes=processes)
     check_launch_room(folder, recipe)
-    run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume}, nproc, **nodes)
+    with reported(folder, "training", Interrupted, quiet, first=not node_rank):
+        run_notebook("nbs/runs/train.ipynb", folder, asdict(recipe) | {"out": str(folder), "resume": resume, "quiet": quiet}, nproc, **nodes)
     return folder
 
 # %% ../nbs/05_launch.ipynb #8949b10a
@@ -346,14 +349,15 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #c0c95238
+# %% ../nbs/05_launch.ipynb #78d34815
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
                     resume: bool = False, # go on with what is there
                     nproc: int = 1, # processes
                     views: tuple[str, ...] = ("letters",), # of VIEWS
-                    orders: int = 0 # of the options, 2 to 24, in which letters are scored, too; 0: none
+                    orders: int = 0, # of the options, 2 to 24, in which letters are scored, too; 0: none
+                    quiet: bool = False # show nothing on the terminal
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
     from medmcqa_lora.model import check_adapter
@@ -364,6 +368,6 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
     if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
-    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders}
-    run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
+    parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders, "quiet": quiet}
+    with reported(folder, "evaluation", Interrupted, quiet): run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

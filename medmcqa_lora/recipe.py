@@ -55,7 +55,7 @@ class LoraKeys:
     lora_targets: list[str] = field(default_factory=lambda: ["attention"])  # groups (attention, mamba_in, shared_experts, routed_experts, mlp) or names of matrices
     lora_r_experts: int | None = None  # rank for routed experts' fused matrices, at the same alpha / r; none: lora_r
 
-# %% ../nbs/00_recipe.ipynb #20fbe91c
+# %% ../nbs/00_recipe.ipynb #7df7edfd
 @dataclass(kw_only=True)
 class TrainKeys:
     "The optimisation; names and meanings of transformers' `TrainingArguments`."
@@ -69,6 +69,7 @@ class TrainKeys:
     gradient_accumulation_steps: int = 1  # micro-batches an optimizer step
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
+    on_bad_step: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no number, a loss that explodes, no target: stop the run, or leave such a step out
     seed: int = 42  # of data order, initial adapter and dropout
 
 # %% ../nbs/00_recipe.ipynb #68bb4569
@@ -148,10 +149,11 @@ LARGEST = {"seed": 2**32 - 1}  # of others a million; beyond, libraries overflow
 
 NOT_NEGATIVE = ("shots", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
 
-# %% ../nbs/00_recipe.ipynb #2cca7051
+# %% ../nbs/00_recipe.ipynb #58b97a60
 RULES = (  # key, holds, what to do
     ("lora_dropout", lambda r: 0 <= r.lora_dropout < 1, "is a share: at least 0, below 1"),
     ("max_steps", lambda r: r.max_steps == -1 or r.max_steps > 0, "is a number of steps, or -1 for num_train_epochs"),
+    ("warmup_steps", lambda r: r.max_steps != 1 or not r.warmup_steps or r.lr_scheduler_type == "constant", "leaves the only step of max_steps = 1 a learning rate of 0; use 0 warmup_steps, or more steps"),
     ("lora_targets", lambda r: r.lora_targets, "names nothing; try attention, mlp"),
     ("model", lambda r: r.model.strip(), "is empty; name a folder or a hub id"),
     ("data", lambda r: r.data.strip(), "is empty; name a file, a hub id, or sample"),

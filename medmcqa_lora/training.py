@@ -8,7 +8,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
            'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #e7e11d73
+# %% ../nbs/03_training.ipynb #5661d22e
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,23 +16,24 @@ from pathlib import Path
 import matplotlib.pyplot as plt, seaborn as sns, torch
 from matplotlib.figure import Figure
 from IPython.display import display
-from tqdm.std import tqdm
 from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
 from .data import Encoded
-from .files import DiskError, append_lines, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
+from .files import DiskError, append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .folders import hold, release
 from .model import save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
+from .health import Guard, memory_explained, with_loss
+from .progress import Work, note
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .stopping import stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 from .checkpoints import Keeper, check_best, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
 
-# %% ../nbs/03_training.ipynb #c4bc9864
+# %% ../nbs/03_training.ipynb #e2d6e44d
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps", "ddp_timeout")
@@ -48,7 +49,7 @@ def training_arguments(recipe: Recipe, # checked
     same["per_device_eval_batch_size"] = min(recipe.per_device_eval_batch_size, PADDED_ROWS)  # rows of an evaluation's loss are padded
     if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
     arguments = SFTConfig(**same | fsdp_settings(recipe), logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
-                          dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+                          dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, remove_unused_columns=recipe.backend == "unsloth",  # examples' numbers come along
                           bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
                           accelerator_config={"non_blocking": torch.cuda.is_available()},  # else a batch's copy waits for the step before
                           eval_strategy="steps" if recipe.eval_steps else "no", load_best_model_at_end=best, metric_for_best_model="eval_loss" if best else None,
@@ -60,8 +61,8 @@ def training_arguments(recipe: Recipe, # checked
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
-# %% ../nbs/03_training.ipynb #cff79c2b
-MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout", "save_errors")  # don't decide a loss
+# %% ../nbs/03_training.ipynb #68da7f78
+MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout", "save_errors", "on_bad_step")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
               resume: bool = False) -> Path: # the run's folder, made if missing
@@ -85,7 +86,7 @@ def peak_memory_gib() -> float: # GiB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-# %% ../nbs/03_training.ipynb #9fd52405
+# %% ../nbs/03_training.ipynb #46910e0e
 class MetricsWriter(TrainerCallback):
     "Appends a line a logged step to `metrics.jsonl`, and a line an evaluation to `evals.jsonl`."
     def __init__(self, run: Path, save_errors: str = "stop"): self.run, self.save_errors, self.waiting, self.seen, self.before, self.start, self.at = run, save_errors, {}, 0, 0, 0, time.perf_counter()
@@ -105,7 +106,7 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         kept, _ = (trim_lines(self.run / f, lambda v: v["step"] <= state.global_step) for f in ("metrics.jsonl", "evals.jsonl"))
-        self.before = kept[-1]["tokens"] if kept else 0  # TRL counts from 0 again after a resume
+        self.before = kept[-1]["tokens"] if (kept := with_loss(kept)) else 0  # TRL counts from 0 again after a resume
         self.seen, self.start, self.at = 0, state.num_input_tokens_seen, time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -119,25 +120,29 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #f0604afe
+# %% ../nbs/03_training.ipynb #f4ab9a5c
 class Progress(TrainerCallback):
-    "A progress bar of optimizer steps, on rank 0."
-    bar = None
+    "Shows optimizer steps, on rank 0."
+    work = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=1, ncols=bar_columns())
+        if state.is_world_process_zero: self.work = Work("train", state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
+        if self.work: self.work.update(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or "loss" not in (logs or {}): return
-        speed = logs.get("num_tokens", state.num_input_tokens_seen) / max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
+        if not self.work or "loss" not in (logs or {}): return
+        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(logs.get("num_tokens", state.num_input_tokens_seen) / self.work.elapsed, 1))
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.work: note()  # an evaluation of the loss gets on, too
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.work: note(checkpoint=f"checkpoints/checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.close()
+        if self.work: self.work.close()
 
 # %% ../nbs/03_training.ipynb #287cfc75
 def check_trackers(report_to: list[str] # names of trackers
@@ -196,7 +201,7 @@ def add_keeper(trainer, recipe: Recipe, run: Path, rows: tuple # `datasets.Datas
     writer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MetricsWriter))
     keep_checkpoints(trainer, Keeper(run, writer, about, recipe.save_errors))
 
-# %% ../nbs/03_training.ipynb #0e6d0bef
+# %% ../nbs/03_training.ipynb #959374c1
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -205,14 +210,16 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
                 ) -> object: # a `trl.SFTTrainer`
     "TRL's trainer for a recipe."
     from trl import SFTTrainer
+    guard = Guard(recipe, encoded, run)
     watch = [EarlyStoppingCallback(recipe.early_stopping_patience)] if recipe.early_stopping_patience else []
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
-                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[MetricsWriter(run, recipe.save_errors), Progress(), *watch])
+                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[guard, MetricsWriter(run, recipe.save_errors), Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
     add_keeper(trainer, recipe, run, (encoded.rows, trainer.eval_dataset))
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
     if packed: pack_training(trainer, recipe)
     shard(trainer)
+    guard.attach(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero(): trainer.add_callback(tensorboard_writer(run))
     return trainer
 
@@ -236,17 +243,18 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #ce8b073c
+# %% ../nbs/03_training.ipynb #a085eae9
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports."
     checkpoint = open_checkpoint(trainer, resume)
-    if not restore_finished(trainer, checkpoint):
-        with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with memory_explained(trainer.guard.recipe, trainer.args.world_size):
+        if not restore_finished(trainer, checkpoint):
+            with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()
     trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
-    lines = read_lines(run / "metrics.jsonl")
+    lines = with_loss(read_lines(run / "metrics.jsonl"))
     if not lines: return {}
     return dict(steps=trainer.state.global_step, first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"], tokens=lines[-1]["tokens"],
                 seconds=training_seconds(lines), peak_memory_gib=round(max(m["peak_memory_gib"] for m in lines), 2))
@@ -257,11 +265,11 @@ def recipe_target(run: Path) -> str: # such as "letter"; empty without recipe.js
     file = run / "recipe.json"
     return json.loads(file.read_text())["target"] if file.exists() else ""
 
-# %% ../nbs/03_training.ipynb #1295fe12
+# %% ../nbs/03_training.ipynb #08288143
 def plot_loss(run: Path # with metrics.jsonl
              ) -> Figure: # loss and learning rate against steps
     "The loss curve of a run, with the schedule beside it."
-    lines, evals = read_lines(run / "metrics.jsonl"), read_lines(run / "evals.jsonl")
+    lines, evals = with_loss(read_lines(run / "metrics.jsonl")), read_lines(run / "evals.jsonl")
     fig, (loss, rate) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=(2, 1), layout="constrained")
     steps = [m["step"] for m in lines]
     sns.lineplot(x=steps, y=[m["loss"] for m in lines], ax=loss, label="training", marker="o" if len(lines) < 30 else None)
@@ -274,14 +282,14 @@ def plot_loss(run: Path # with metrics.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/03_training.ipynb #a634a129
+# %% ../nbs/03_training.ipynb #13bfe85f
 class LiveCurve(TrainerCallback):
     "Redraws the loss curve under the running cell, on rank 0."
     def __init__(self, run: Path, every: float = 2.0): self.run, self.every, self.drawn, self.handle = run, every, 0.0, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or time.perf_counter() - self.drawn < self.every: return
-        if not read_lines(self.run / "metrics.jsonl"): return
+        if not with_loss(read_lines(self.run / "metrics.jsonl")): return
         if self.handle is None: self.handle = display(plot_loss(self.run), display_id=True)
         else: self.handle.update(plot_loss(self.run))
         self.drawn = time.perf_counter()

@@ -45,7 +45,7 @@ def test_parameters_cell_is_the_demo_recipe(notebook):
     """papermill can only set what the cell names, and somebody in JupyterLab runs what it holds."""
     cell = parameters(notebook)
     assert {k: cell[k] for k in recipe_types()} == asdict(load_recipe("demo"))
-    assert set(cell) - set(recipe_types()) <= {"resume", "world_size", "adapter", "views", "orders"}
+    assert set(cell) - set(recipe_types()) <= {"resume", "quiet", "world_size", "adapter", "views", "orders"}
 
 
 def test_every_setting_has_a_reason():
