@@ -8,23 +8,25 @@ __all__ = ['USER_ERRORS', 'VIEWS', 'new_folder_name', 'check_folder', 'check_pro
            'LaunchError', 'Interrupted', 'run_notebook', 'launch_train', 'check_views', 'check_same_weights',
            'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #7703b5cf
+# %% ../nbs/05_launch.ipynb #19a7d3e6
 import json, logging, os, shutil, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import check_writable, write_json
+from .untrusted import check_name, check_notebook, literal, read_object
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
     "A fresh folder's name under `_runs/` of the current folder."
     return f"_runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-# %% ../nbs/05_launch.ipynb #08991278
+# %% ../nbs/05_launch.ipynb #00ef8f2d
 def check_folder(folder: Path, # where a run is to be written
                  resume: bool # it holds one already, which goes on
                 ) -> None:
     "Raises `ValueError` if a run can't be written there."
+    check_name(folder)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"--out {folder}: is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume: raise ValueError(f"--out {folder}: holds another run; name a new folder, or go on with --resume")
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
@@ -40,7 +42,7 @@ def check_processes(nproc: int, nnodes: int = 1, rdzv_endpoint: str = "") -> str
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #975d14b0
+# %% ../nbs/05_launch.ipynb #681a31b9
 def check_recipe_here(recipe: Recipe, # about to be launched
                       training: bool = True, # else only scored
                       processes: int = 1 # in all
@@ -61,7 +63,9 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     if training and shapes and torch.cuda.is_available(): plan.check_fit(shapes, recipe, torch.cuda.get_device_properties(0).total_memory / 2**30, processes)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
-    (data.load_pair if training else data.load_evaluation)(recipe)
+    rows = data.load_pair(recipe)[0] if training else data.load_evaluation(recipe)
+    if tokenizer and training: data.check_fits(rows.questions, tokenizer, recipe)
+    elif tokenizer: data.encode_examples(rows.questions[:1], tokenizer, recipe)  # a chat template may be missing or broken
 
 # %% ../nbs/05_launch.ipynb #2a82db89
 def settle_parallel(recipe: Recipe, processes: int # in all
@@ -129,7 +133,7 @@ def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> s
     last = " ".join(line.strip() for line in evalue.strip().splitlines()[-3:] if line.strip())[:600]
     return last if ename in USER_ERRORS else f"cell {cell}: {ename}: {last} (traceback in {notebook})"
 
-# %% ../nbs/05_launch.ipynb #87867917
+# %% ../nbs/05_launch.ipynb #5a9553de
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises."
@@ -142,7 +146,7 @@ def worker(job_file: str # written by `run_notebook`
     target = Path(job["folder"]) / (f"{job['name']}.ipynb" if rank == 0 else f"rank{rank}.ipynb")
     sockets = {"transport": "ipc", "ip": f"{Path(job_file).parent}/rank{rank}"}  # by default all ranks would share one path
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if rank == 0 else {}
-    try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python",
+    try: papermill.execute_notebook(literal(job["notebook"]), literal(target), parameters=job["parameters"], kernel_name="python3", language="python",
                                     progress_bar=False, cwd=job["cwd"], config=Config(KernelManager=sockets), **streams)
     except KeyboardInterrupt: sys.exit(130)  # the launcher speaks for all
     except papermill.PapermillExecutionError as e:
@@ -175,7 +179,7 @@ def _first_failure(failures: dict) -> str:
         except (TypeError, KeyError, ValueError): return 1, failure.timestamp, f"rank {rank}: {str(failure.message).strip().splitlines()[-1]} (exit code {failure.exitcode})"
     return min(read(rank, failure) for rank, failure in failures.items())[2]
 
-# %% ../nbs/05_launch.ipynb #9d2f06f1
+# %% ../nbs/05_launch.ipynb #45ab309d
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -184,6 +188,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
+    check_notebook(shipped(notebook))
     folder.mkdir(parents=True, exist_ok=True)
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), launcher=os.getpid(),
@@ -221,12 +226,12 @@ def check_views(views) -> list[str]: # with letters first
     if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0] or 'with an empty name'}: is not one of {', '.join(VIEWS)}; give names with commas between")
     return [v for v in VIEWS if v == "letters" or v in views]
 
-# %% ../nbs/05_launch.ipynb #3e3f7122
+# %% ../nbs/05_launch.ipynb #aece0ce9
 def check_same_weights(adapter: Path, # a run's adapter/ folder
                        recipe: Recipe) -> None:
     "Raises `ValueError` if an adapter was trained on random weights and is to be scored on others, or the reverse."
     file = adapter.absolute().parent / "recipe.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = read_object(file, "copy it again") if file.is_file() else {}
     asked = (recipe.weights, recipe.seed if recipe.weights == "random" else None)
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
