@@ -115,11 +115,12 @@ def _hub_records(source: str, split: str) -> list[tuple[str, dict]]:
                          f"{' '.join(str(e).split())[:120]}); check the name, the network and HF_HUB_OFFLINE") from None
     return [(f"row {i + 1}", row) for i, row in enumerate(rows)]
 
-# %% ../nbs/01_data.ipynb #4a43942e
+# %% ../nbs/01_data.ipynb #4eb329de
 def read_source(source: str, # a file, `sample`, or a hub id
                 split: str = "" # the split wanted; rows of other splits are left out where rows name one
                ) -> list[tuple[str, dict]]: # (place, record)
     "Read the records of a source; raises `ValueError` in one line."
+    if not source.strip(): raise ValueError("the source of the questions is empty; name a file, a hub id, or sample")
     if source == "sample": records = read_file(shipped("assets/sample.jsonl"))
     elif _is_path(source): records = read_file(Path(os.path.expanduser(source)))
     else: return _hub_records(source, split or "train")

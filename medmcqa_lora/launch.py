@@ -236,7 +236,7 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #c0c95238
+# %% ../nbs/05_launch.ipynb #3271f3cb
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
@@ -246,6 +246,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     orders: int = 0 # of the options, 2 to 24, in which letters are scored, too; 0: none
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
+    from medmcqa_lora.merge import check_finite
     from medmcqa_lora.model import check_adapter
     from medmcqa_lora.orders import draw_orders
     views, recipe = check_views(views), replace(recipe, parallel="auto") if recipe.parallel == "fsdp" else recipe  # scoring takes a whole copy in each process
@@ -253,7 +254,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     check_folder(folder, resume)
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
-    if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
+    if adapter is not None: check_adapter(adapter, recipe.model); check_finite(adapter); check_same_weights(adapter, recipe)
     parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders}
     run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

@@ -91,7 +91,7 @@ def file_beside(index: Path, # the file that names another
         raise ValueError(f"{index}: names {short(repr(name), 80)}, which is not a file beside it; copy it again")
     return index.with_name(name)
 
-# %% ../nbs/00b_untrusted.ipynb #644f54c9
+# %% ../nbs/00b_untrusted.ipynb #4ec42c8c
 MOST_LAYERS = 1000  # blocks; the largest known models have some 130
 
 def check_model_config(folder: Path, # of a model
@@ -101,8 +101,9 @@ def check_model_config(folder: Path, # of a model
     config, name = read_object(folder / "config.json", "copy it again"), name or str(folder)
     fetched = [f"{k} = {short(v, 60)}" for k, v in config.items() if k.endswith("_implementation") and isinstance(v, str) and "/" in v]
     if fetched: raise ValueError(f"model {name}: config.json would fetch a kernel and run it ({fetched[0]}); take that line out")
-    layers = config.get("num_hidden_layers", 0)
-    if isinstance(layers, (int, float)) and layers > MOST_LAYERS: raise ValueError(f"model {name}: config.json has num_hidden_layers = {layers:,}, beyond any model; copy it again")
+    for k in (k for k in config if "layer" in k or "pattern" in k):  # num_hidden_layers, layer_types, hybrid_override_pattern
+        size = config[k] if isinstance(config[k], (int, float)) else len(config[k]) if isinstance(config[k], (str, list)) else 0
+        if size > MOST_LAYERS: raise ValueError(f"model {name}: config.json describes {size:,} blocks ({k}), beyond any model; copy it again")
     return config
 
 # %% ../nbs/00b_untrusted.ipynb #9c400219
@@ -115,16 +116,16 @@ def check_adapter_config(folder: Path # an adapter/ folder
     if found := [k for k in IMPORTS if config.get(k)]: raise ValueError(f"adapter {folder}: its adapter_config.json would import a module ({found[0]}); take that key out")
     return config
 
-# %% ../nbs/00b_untrusted.ipynb #7457a04e
+# %% ../nbs/00b_untrusted.ipynb #f794e47f
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
 
 def check_scaled(name: str, # of the model
                  dtypes: dict[str, str], # tensor's name -> dtype, as safetensors spells it
                  config: dict) -> None:
     "Raises `ValueError` for 8-bit or smaller weights of which nothing says how they are scaled."
-    odd = [k for k, d in dtypes.items() if d not in FLOATS and k.endswith("weight")]
-    if odd and not config.get("quantization_config"):
-        raise ValueError(f"model {name}: {len(odd)} of its weights are {dtypes[odd[0]]} without scales (first: {short(odd[0], 100)}), and config.json has no quantization_config; take the model in bfloat16")
+    scaled = {k.rpartition(".")[0] for k in dtypes if re.search("scale|SCB|absmax", k.rpartition(".")[2])} if config.get("quantization_config") else set()
+    odd = [k for k, d in dtypes.items() if d not in FLOATS and k.endswith("weight") and k.rpartition(".")[0] not in scaled]
+    if odd: raise ValueError(f"model {name}: {len(odd)} of its weights are {dtypes[odd[0]]} without scales (first: {short(odd[0], 100)}); take the model in bfloat16")
 
 # %% ../nbs/00b_untrusted.ipynb #09c9e98d
 def check_notebook(file: Path) -> None:
