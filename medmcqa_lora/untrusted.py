@@ -32,11 +32,11 @@ def in_markdown(text: str) -> str: # in one line
     "A text from data as it stands in a Markdown table or sentence."
     return re.sub(r"([\\`<\[\]|])", r"\\\1", visible(str(text)))
 
-# %% ../nbs/00b_untrusted.ipynb #d30de259
+# %% ../nbs/00b_untrusted.ipynb #bd2976a6
 def csv_text(table # a DataFrame
             ) -> str: # CSV with a header
     "A table as CSV in which no text is a spreadsheet's formula."
-    def plain(v): return f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v
+    def plain(v): return v if not isinstance(v, str) else f"'{visible(v)}" if v.startswith(("=", "+", "-", "@")) else visible(v)
     return table.map(plain).to_csv(index=False)
 
 # %% ../nbs/00b_untrusted.ipynb #de0b52e0
