@@ -546,10 +546,11 @@ def check_adapter(folder: Path, # an adapter/ folder
     if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
     return tuned
 
-# %% ../nbs/02_model.ipynb #c31933af
+# %% ../nbs/02_model.ipynb #971b5e38
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
-    "Put a saved adapter on its base model."
+    "Put a saved adapter on its base model; raises `ValueError` for a configuration that would import a module."
     from peft import PeftModel
+    check_adapter_config(folder)
     fast = any(is_grouped(m) or is_fused(m) for m in model.modules())
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
     if fast: speed_up(tuned)
