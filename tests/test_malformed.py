@@ -117,6 +117,7 @@ RECIPES = {
     "a key twice": (ini("[a]\nlora_r = 4\nlora_r = 5\n"), ["mine.ini", "line 3", "'lora_r'", "already exists"]),
     "a key without a value": (ini("[a]\nlora_r\n"), ["mine.ini", "line 2"]),
     "binary": (ini(bytes(range(128)) * 100), ["mine.ini", "not a readable .ini file"]),
+    "a thousand lines that are none": (ini("[a]\n" + "no value\n" * 1000), ["mine.ini: not a readable .ini file", "compare it with settings.ini"]),  # found by fuzzing: the message had all of them
     "3,000 unknown keys": (ini("[a]\n" + "".join(f"k{i} = 1\n" for i in range(3000))), ["unknown key k0", "and 2,988 more"]),
     "Infinity": (ini("[a]\nlearning_rate = Infinity\nnum_train_epochs = nan\n"), ["learning_rate = inf is not finite", "num_train_epochs = nan is not finite"]),
     "a number of 5,000 digits": (ini("[a]\nlora_r = " + "9" * 5000), ["mine.ini [a]: lora_r", "is not a whole number"]),

@@ -56,6 +56,12 @@ def test_the_trainers_arguments_are_never_read():
     assert all("TRAINING_ARGS_NAME" not in line for line in Path(trainer.__file__).read_text().splitlines() if "load(" in line)
 
 
+def test_advisories_are_asked_for_in_the_hosted_workflow_alone():
+    assert "pip-audit --requirement requirements.txt" in (ROOT / ".github/workflows/audit.yml").read_text()
+    assert not any("pip-audit" in (ROOT / f).read_text() for f in ("Makefile", ".ci/run", ".ci/gates.py", "pyproject.toml"))
+    assert "@" not in (ROOT / "SECURITY.md").read_text()  # nobody's address
+
+
 class Payload:
     """Pickled, this makes a file when it is loaded."""
 

@@ -20,8 +20,10 @@ def one(content: bytes):
     cut = content.find(b"\0")  # what follows a NUL stands behind -p, with NULs between
     FILE.write_bytes(content if cut < 0 else content[:cut])
     words = content[cut + 1:].decode("utf-8", "surrogateescape").split("\0") if cut >= 0 else []
-    try: found = recipe.load_recipe(str(FILE), dict(w.partition("=")[::2] for w in words))
-    except recipe.RecipeError as e: return check_message(e, FILE.name, "-p", *TYPES)
+    try:
+        found = recipe.load_recipe(str(FILE), dict(w.partition("=")[::2] for w in words))
+    except recipe.RecipeError as e:
+        return check_message(e, FILE.name, "-p", *TYPES)
     values = asdict(found)
     assert recipe.recipe_from(values) == found and recipe.show_recipe(found)
     cell = ast.parse(PythonTranslator.codify(values, "Parameters"))
