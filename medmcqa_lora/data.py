@@ -142,7 +142,7 @@ def _nested(record: dict, where: str) -> dict:
     flat = {"question": data["Question"], **{f"op{c.lower()}": options[c] for c in LETTERS}, "cop": data.get("Correct Option")}
     return {**record, **flat, "exp": record.get("explanation", record.get("exp"))}
 
-# %% ../nbs/01_data.ipynb #328c0c4d
+# %% ../nbs/01_data.ipynb #f2be0f6b
 FIELDS = ("question", "opa", "opb", "opc", "opd")
 TEXTS = {*FIELDS, "cop", "id", "subject_name", "topic_name", "choice_type", "exp", "split"}  # what is read of a row
 LONGEST = 131_072  # characters of one field
@@ -152,7 +152,7 @@ def check_fields(record: dict, # flat
                 ) -> dict: # the same
     "Return a row; raises `ValueError` for a field that is no text and no number, or is far too long."
     for k, v in record.items():
-        if k not in TEXTS: continue
+        if v is None or type(v) is int or (type(v) is str and len(v) <= LONGEST) or k not in TEXTS: continue
         if isinstance(v, (list, tuple, dict, bytes)): raise ValueError(f"{where}: field {k} is {type(v).__name__}, not text; mend that row")
         if isinstance(v, str) and len(v) > LONGEST: raise ValueError(f"{where}: field {k} has {len(v):,} characters, and {LONGEST:,} are the most; is a quote or a line break missing?")
     return record

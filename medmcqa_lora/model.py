@@ -195,14 +195,14 @@ def refuse_differences(name: str, # of the model, as a recipe names it
     "Raises `ValueError` naming the first three tensors, if there are any."
     if found: raise ValueError(f"model {name}: weights and config.json disagree ({len(found)} in all): {', '.join(found[:3])}; copy the whole model again, or its own config.json")
 
-# %% ../nbs/02_model.ipynb #c5746dc7
+# %% ../nbs/02_model.ipynb #c447a98d
 def shard_files(folder: Path # of a model
                ) -> list[Path]: # its safetensors files, in order
     "Where a model's weights are, by its index if it has one; raises `ValueError` for what is no index."
     index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if file.is_file() or not index.is_file(): return [file]
     names = read_object(index, "it is not an index of shards; copy it again").get("weight_map")
-    if not isinstance(names, dict) or not names: raise ValueError(f"model {index}: not an index of shards; copy it again")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()): raise ValueError(f"model {index}: not an index of shards; copy it again")
     return sorted({file_beside(index, n) for n in names.values()})
 
 def stored_tensors(folder: Path # of a model

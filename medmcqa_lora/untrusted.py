@@ -116,7 +116,7 @@ def check_adapter_config(folder: Path # an adapter/ folder
     if found := [k for k in IMPORTS if config.get(k)]: raise ValueError(f"adapter {folder}: its adapter_config.json would import a module ({found[0]}); take that key out")
     return config
 
-# %% ../nbs/00b_untrusted.ipynb #f794e47f
+# %% ../nbs/00b_untrusted.ipynb #9df28b92
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
 
 def check_scaled(name: str, # of the model
@@ -125,7 +125,7 @@ def check_scaled(name: str, # of the model
     "Raises `ValueError` for 8-bit or smaller weights of which nothing says how they are scaled."
     scaled = {k.rpartition(".")[0] for k in dtypes if re.search("scale|SCB|absmax", k.rpartition(".")[2])} if config.get("quantization_config") else set()
     odd = [k for k, d in dtypes.items() if d not in FLOATS and k.endswith("weight") and k.rpartition(".")[0] not in scaled]
-    if odd: raise ValueError(f"model {name}: {len(odd)} of its weights are {dtypes[odd[0]]} without scales (first: {short(odd[0], 100)}); take the model in bfloat16")
+    if odd: raise ValueError(f"model {name}: {short(odd[0], 100)} is {dtypes[odd[0]]} without scales ({len(odd)} such weights); take the model in bfloat16")
 
 # %% ../nbs/00b_untrusted.ipynb #09c9e98d
 def check_notebook(file: Path) -> None:

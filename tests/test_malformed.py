@@ -311,9 +311,9 @@ MODELS = {
     "an index that goes up": (model(index_that_goes_up), ["'../../secret.safetensors', which is not a file beside it"]),
     "weights that are a link to nowhere": (model(lambda m: ((m / "model.safetensors").unlink(), link(m / "model.safetensors", "none"))), ["model.safetensors: missing"]),
     "a configuration that is a link to itself": (model(lambda m: ((m / "config.json").unlink(), link(m / "config.json", "config.json"))), ["has no config.json"]),
-    "int8 without scales": (stored(lambda t: t.char()), ["weights are I8 without scales", "take the model in bfloat16"]),
-    "fp8 without scales": (stored(fp8), ["weights are F8_E4M3 without scales"]),
-    "fp8 that promises scales": (stored(fp8, quantization_config={"quant_method": "fp8"}), ["weights are F8_E4M3 without scales"]),
+    "int8 without scales": (stored(lambda t: t.char()), ["is I8 without scales (61 such weights)", "take the model in bfloat16"]),
+    "fp8 without scales": (stored(fp8), ["is F8_E4M3 without scales"]),
+    "fp8 that promises scales": (stored(fp8, quantization_config={"quant_method": "fp8"}), ["is F8_E4M3 without scales"]),
 }
 
 SUBJECT = dict(n=2, accuracy=0.5, ci95=[0.1, 0.9])
