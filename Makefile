@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two files at a time, in the order of their names
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs lab prepare gates
+.PHONY: help demo test test-all fuzz docs lab prepare gates
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -28,6 +28,11 @@ test: .venv/.installed  ## the tests, slow ones sampled
 
 test-all: .venv/.installed  ## the tests with every repetition
 	MEDMCQA_TEST_ALL=1 $(PYTEST)
+
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.installed  ## fuzzing of the row and recipe loaders, FUZZ_SECONDS each; what it finds goes to _runs/fuzz
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	$(BIN)/python tests/fuzz/run.py $(FUZZ_SECONDS)
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab nbs  # tqdm's bars are text here; its advice would stand in every notebook

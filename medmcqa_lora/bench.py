@@ -16,7 +16,7 @@ __all__ = ['MAMBA_PACKAGES', 'HF', 'OURS', 'VARIANTS', 'LENGTHS', 'KINDS', 'CALL
            'describe_bench', 'full_speed', 'ablation_row', 'describe_ablation', 'plot_ablation', 'check_bench',
            'common_facts', 'run_bench', 'check_ablation', 'say_lever', 'run_ablation']
 
-# %% ../nbs/05a_bench.ipynb #60e7c3b3
+# %% ../nbs/05a_bench.ipynb #ae9975a1
 import gc, importlib.util, json, math, os, random, re, shutil, statistics, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from . import fused as fused_parts, kernels as kernel_parts, step as step_parts, training as training_parts
 from .recipe import Recipe, check_recipe, nearest, shipped
+from .untrusted import check_name
 from .data import Encoded, encode_questions, load_questions
 from .evaluation import letter_logprobs, prompt_batch, scoring_batches
 from .experts import is_grouped, undo_grouped_experts
@@ -806,12 +807,12 @@ def plot_ablation(results: list[dict] # lines of results.jsonl
     plt.close(fig)
     return fig
 
-# %% ../nbs/05a_bench.ipynb #8b080b86
+# %% ../nbs/05a_bench.ipynb #10a17124
 def check_bench(recipe: Recipe, load: Load, # for all variants
                 out: Path # a folder, or a name for one
                ) -> None:
     "Raises `ValueError` for what no variant could be measured with."
-    check_load(load)
+    check_load(load); check_name(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"--out {out}: is a file; name a folder")
     check_writable(out, next(p for p in [out, *out.absolute().parents] if p.exists()))
     with tempfile.TemporaryDirectory() as folder:  # what all variants need

@@ -8,7 +8,7 @@ __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'Quiet', 'app',
            'status', 'evaluate', 'tuned_run', 'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push',
            'export', 'names_of', 'bench', 'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
 
-# %% ../nbs/06_cli.ipynb #889d78ba
+# %% ../nbs/06_cli.ipynb #6be8c75a
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ import typer
 from .files import visible
 from .launch import Interrupted, LaunchError
 from .recipe import Recipe, load_recipe
+from .untrusted import short
 
 # %% ../nbs/06_cli.ipynb #bb468f0a
 def join_params(argv: list[str]) -> list[str]: # with `-p KEY VALUE` as `-p KEY=VALUE`
@@ -157,14 +158,15 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #0f3d02f7
+# %% ../nbs/06_cli.ipynb #4e168c9b
 def tuned_run(tuned_dir: Path # an evaluation of a tuned model
              ) -> Path | None: # none: the run is not there, or not to be written
     "The folder of the run whose adapter an evaluation scored."
-    import json, os
+    import os
     from medmcqa_lora.report import is_run
-    adapter = json.loads((tuned_dir / "summary.json").read_text(encoding="utf-8")).get("adapter")
-    run = Path(adapter).parent if adapter else None
+    from medmcqa_lora.untrusted import read_object
+    adapter = read_object(tuned_dir / "summary.json", "evaluate again").get("adapter")
+    run = Path(adapter).parent if adapter and isinstance(adapter, str) else None
     return run if run and is_run(run) and os.access(run, os.W_OK) else None
 
 def report_in_card(run: Path, text: str # Markdown
@@ -326,11 +328,11 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None, resume: R
     write_card(folder, text)
     tell(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
-# %% ../nbs/06_cli.ipynb #3b642eaf
+# %% ../nbs/06_cli.ipynb #e99e5016
 def one_line(e: BaseException) -> str: # what, where, what to do
     "A user's error in one line, without control characters."
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-    return visible(" ".join(text.split()))
+    return visible(" ".join(short(text).split()))
 
 # %% ../nbs/06_cli.ipynb #dc85b25f
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with

@@ -9,10 +9,10 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'score_questions', 'collect', 'wilson', 'share', 'majority_baseline', 'summarise', 'subject_table',
            'plot_by_subject', 'plot_letters', 'view_rows', 'views_table', 'plot_views', 'begin_evaluation',
            'record_packing', 'was_packed', 'write_evaluation', 'Comparison', 'mcnemar', 'paired_interval',
-           'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict', 'comparison_table',
-           'write_comparison']
+           'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
+           'comparison_table', 'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #acb33e4f
+# %% ../nbs/04_evaluation.ipynb #9d572f55
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from .recipe import Recipe
-from .data import LETTERS, Question, fingerprint, render_prompt, render_target
+from .untrusted import csv_text, label as shown_label, read_object
+from .data import LETTERS, MOST_DRAWN, Question, fingerprint, render_prompt, render_target
 from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .progress import Work
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
@@ -268,25 +269,25 @@ def subject_table(summary: dict) -> pd.DataFrame: # subject, n, accuracy, low, h
     rows = [dict(subject=s, n=v["n"], accuracy=v["accuracy"], low=v["ci95"][0], high=v["ci95"][1]) for s, v in summary["by_subject"].items()]
     return pd.DataFrame(rows).sort_values(["n", "subject"], ascending=[False, True], ignore_index=True)
 
-# %% ../nbs/04_evaluation.ipynb #4096fffe
+# %% ../nbs/04_evaluation.ipynb #35eece8a
 def plot_by_subject(summaries: dict[str, dict] # label -> summary, one or more of the same questions
                    ) -> Figure: # a row a subject, a colour a model
     "Accuracy by subject with 95% intervals, and the majority baseline."
     first = next(iter(summaries.values()))
-    order = list(subject_table(first).subject)
+    order = list(subject_table(first).subject)[:MOST_DRAWN]
     fig, ax = plt.subplots(figsize=(8, 1 + 0.34 * len(order)), layout="constrained")
     for k, (label, summary) in enumerate(summaries.items()):
         table = subject_table(summary).set_index("subject").loc[order]
         y = np.arange(len(order)) + 0.22 * (k - (len(summaries) - 1) / 2)
         error = np.abs(table[["low", "high"]].sub(table.accuracy, axis=0).to_numpy().T) * 100
-        ax.errorbar(table.accuracy * 100, y, xerr=error, fmt="o", ms=4, capsize=2, label=f"{label} ({summary['accuracy']:.1%})")
+        ax.errorbar(table.accuracy * 100, y, xerr=error, fmt="o", ms=4, capsize=2, label=f"{shown_label(label)} ({summary['accuracy']:.1%})")
     ax.axvline(first["majority_baseline"] * 100, ls=":", color="grey", label=f"always one letter ({first['majority_baseline']:.1%})")
-    ax.set(yticks=range(len(order)), yticklabels=[f"{s} ({first['by_subject'][s]['n']})" for s in order], xlabel="accuracy, % (95% Wilson interval)", xlim=(-2, 102))
+    ax.set(yticks=range(len(order)), yticklabels=[f"{shown_label(s)} ({first['by_subject'][s]['n']})" for s in order], xlabel="accuracy, % (95% Wilson interval)", xlim=(-2, 102))
     ax.invert_yaxis(); ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #d8fe1b67
+# %% ../nbs/04_evaluation.ipynb #28af3bf5
 def plot_letters(runs: dict[str, list[dict]] # label -> predictions
                 ) -> Figure: # a panel a model
     "Predicted against correct letters, a panel a model: a biased model shows as a dark column."
@@ -294,7 +295,7 @@ def plot_letters(runs: dict[str, list[dict]] # label -> predictions
     for ax, (label, predictions) in zip(axes[0], runs.items()):
         counts = pd.crosstab([p["answer"] for p in predictions], [p["prediction"] for p in predictions])
         sns.heatmap(counts.reindex(index=[*LETTERS], columns=[*LETTERS], fill_value=0), annot=True, fmt="d", cmap="Blues", cbar=False, square=True, ax=ax)
-        ax.set(xlabel="predicted", ylabel="correct", title=f"{label} (n = {len(predictions):,})")
+        ax.set(xlabel="predicted", ylabel="correct", title=f"{shown_label(label)} (n = {len(predictions):,})")
     plt.close(fig)
     return fig
 
@@ -316,7 +317,7 @@ def views_table(summary: dict # of an evaluation
     rows = [f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {note} |" for name, (s, note) in view_rows(summary).items()]
     return "\n".join([f"| view (n = {summary['n']:,}) | accuracy | 95% interval | |", "|---|---|---|---|", f"| always one letter | {summary['majority_baseline']:.2%} | | |", *rows])
 
-# %% ../nbs/04_evaluation.ipynb #06c5c4e2
+# %% ../nbs/04_evaluation.ipynb #6ff2796c
 def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the same questions
               ) -> Figure: # a row a view, a colour a model
     "Accuracy by each way of asking with 95% intervals, and the majority baseline."
@@ -326,7 +327,7 @@ def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the
         rows = view_rows(summary)
         for name, (s, note) in rows.items():
             x, y, (low, high) = s["accuracy"] * 100, names.index(name) + 0.25 * (k - (len(summaries) - 1) / 2), (100 * e for e in s["ci95"])
-            ax.errorbar(x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], fmt="o", ms=4, capsize=2, color=f"C{k}", label=label if name == "letters" else None)
+            ax.errorbar(x, y, xerr=[[max(0, x - low)], [max(0, high - x)]], fmt="o", ms=4, capsize=2, color=f"C{k}", label=shown_label(label) if name == "letters" else None)
             place = dict(xy=(high, y), xytext=(6, 0), ha="left") if high < 70 else dict(xy=(low, y), xytext=(-6, 0), ha="right")  # where there is room
             ax.annotate(f"{x:.1f}%" + f", {note}" * (name == "generation"), **place, textcoords="offset points", va="center", fontsize=8, color=f"C{k}", bbox=dict(fc="white", ec="none", pad=1))
     ax.axvline(first["majority_baseline"] * 100, ls=":", color="grey", label=f"always one letter ({first['majority_baseline']:.1%})")
@@ -335,7 +336,7 @@ def plot_views(summaries: dict[str, dict] # label -> summary, one or more of the
     plt.close(fig)
     return fig
 
-# %% ../nbs/04_evaluation.ipynb #eb9e9457
+# %% ../nbs/04_evaluation.ipynb #975a08f5
 def begin_evaluation(folder: Path, # made if missing
                      recipe: Recipe, # whose model, prompts and dtype decide the scores
                      adapter: str | None, # the tuned model's adapter folder; none: the base model
@@ -349,7 +350,7 @@ def begin_evaluation(folder: Path, # made if missing
     if recipe.shots: settings["shown"] = [q.id for q in questions[0].shown]
     file = folder / "evaluation.json"
     if resume and file.exists():
-        before = dict(quantization="none", shots=0) | json.loads(file.read_text())  # which older ones don't name
+        before = dict(quantization="none", shots=0) | read_object(file, "use another --out")  # which older ones don't name
         settings = dict.fromkeys(("weights", "seed"), None) | settings
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed: raise ValueError(f"--resume {folder}: holds another evaluation ({changed[0]}); use another --out")
@@ -375,7 +376,7 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #1da20aac
+# %% ../nbs/04_evaluation.ipynb #e9802231
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
@@ -386,7 +387,7 @@ def write_evaluation(folder: Path, # exists
                     ) -> dict: # the summary
     "Write summary.json, by_subject.csv and by_subject.png; with further views views.md and views.png, too."
     summary = summarise(predictions, questions, model, adapter) | (views or {}) | (further or {})
-    write_whole(folder / "by_subject.csv", subject_table(summary).to_csv(index=False))
+    write_whole(folder / "by_subject.csv", csv_text(subject_table(summary)))
     label = Path(adapter).parent.name if adapter else Path(model).name
     save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")
     if views:
@@ -430,21 +431,34 @@ def paired_interval(gained: int, lost: int, # questions that changed, for better
 # %% ../nbs/04_evaluation.ipynb #c780eee2
 SUMMARY_KEYS = dict(n=int, accuracy=float, ci95=list, majority_baseline=float, letter_mass=float, by_subject=dict, data_sha256=str)
 
+# %% ../nbs/04_evaluation.ipynb #6f9799eb
+def whole_share(s) -> bool:
+    "Whether an object is an accuracy with its interval: n, accuracy, ci95."
+    if not isinstance(s, dict) or type(s.get("n")) is not int or s["n"] < 1 or not isinstance(ends := s.get("ci95"), list) or len(ends) != 2: return False
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1 for x in (s.get("accuracy"), *ends))
+
+def lacking_in(summary: dict) -> list[str]: # keys; empty: a comparison can read it
+    "What is missing in a summary, or of another kind."
+    bad = [k for k, kind in SUMMARY_KEYS.items() if not isinstance(summary.get(k), kind)] + ["accuracy"] * (not whole_share(summary))
+    subjects = summary.get("by_subject")
+    bad += [f"by_subject of {s}" for s, v in subjects.items() if not whole_share(v)] if isinstance(subjects, dict) else []
+    options, generation = (summary.get(k) for k in ("options", "generation"))
+    bad += ["options"] * (options is not None and not (whole_share(options) and "ties" in options and whole_share(dict(n=1, accuracy=options.get("accuracy_sum"), ci95=options.get("ci95_sum")))))
+    return bad + ["generation"] * (generation is not None and not (whole_share(generation) and isinstance(generation.get("unparseable"), (int, float))))
+
 # %% ../nbs/04_evaluation.ipynb #c3ca64db
 def whole_prediction(p) -> bool: # whether a line of predictions.jsonl has what a comparison needs
     "Whether an object is one question's result."
     return (isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("id", "subject", "answer", "prediction"))
             and {p["answer"], p["prediction"]} <= set(LETTERS) and isinstance(p.get("correct"), bool))
 
-# %% ../nbs/04_evaluation.ipynb #d606d1ec
+# %% ../nbs/04_evaluation.ipynb #935cfca9
 def read_evaluation(folder: Path) -> tuple[list[dict], dict]: # predictions, summary
     "A finished evaluation; raises `ValueError` if it isn't one."
     if not (folder / "summary.json").is_file(): raise ValueError(f"{folder}: no summary.json; give the --out folder of a finished evaluate")
-    try: summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError): raise ValueError(f"{folder}/summary.json: not JSON; evaluate again") from None
+    summary = read_object(folder / "summary.json", "evaluate again")
     lines = read_lines(folder / "predictions.jsonl")
-    if not isinstance(summary, dict) or (lacking := [k for k in SUMMARY_KEYS if not isinstance(summary.get(k), SUMMARY_KEYS[k])]):
-        raise ValueError(f"{folder}/summary.json: {lacking[0] if isinstance(summary, dict) else 'an object'} is missing or of another kind; evaluate again")
+    if lacking := lacking_in(summary): raise ValueError(f"{folder}/summary.json: {lacking[0]} is missing or of another kind; evaluate again")
     for n, p in enumerate(lines, 1):
         if not whole_prediction(p): raise ValueError(f"{folder}/predictions.jsonl: line {n} is not a prediction (id, subject, answer, prediction, correct); evaluate again")
     if not lines: raise ValueError(f"{folder}/predictions.jsonl: holds no predictions; evaluate again")

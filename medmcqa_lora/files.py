@@ -89,7 +89,7 @@ def append_line(path: Path, # made if missing
     "Append one JSON object as a line and flush it; raises `ValueError` for NaN."
     append_lines(path, [value])
 
-# %% ../nbs/00a_files.ipynb #cedd245f
+# %% ../nbs/00a_files.ipynb #6adef798
 def read_lines(path: Path) -> list[dict]: # [] if the file is missing
     "The objects of a JSON-lines file; drops a torn last line, raises `ValueError` naming any other broken one."
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -97,7 +97,7 @@ def read_lines(path: Path) -> list[dict]: # [] if the file is missing
     values = []
     for n, line in enumerate(whole, 1):
         try: values.append(json.loads(line))
-        except ValueError: raise ValueError(f"{path}: line {n} is not JSON; the file was changed after the run wrote it") from None
+        except (ValueError, RecursionError): raise ValueError(f"{path}: line {n} is not JSON; the file was changed after the run wrote it") from None
     return values
 
 # %% ../nbs/00a_files.ipynb #24d9db4d

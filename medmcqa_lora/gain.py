@@ -8,13 +8,14 @@ __all__ = ['AS_IT_IS', 'NO_PRIOR', 'RULES', 'NOTES', 'remove_prior', 'correct_by
            'split_gain', 'shown', 'gain_verdict', 'subject_gains', 'gain_table', 'subject_rows', 'power_note',
            'plot_gain', 'write_gain']
 
-# %% ../nbs/04d_gain.ipynb #ef3a526d
+# %% ../nbs/04d_gain.ipynb #e8f73c87
 import json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .data import LETTERS
+from .untrusted import csv_text, in_markdown, label
 from .evaluation import compare_evaluations, mcnemar, paired_interval, read_evaluation, whole_prediction, wilson, write_comparison
 from .files import read_lines, save_figure, write_json, write_whole
 from .uncertainty import RESAMPLES, bootstrap_intervals, holm, smallest_difference
@@ -189,7 +190,7 @@ def subject_gains(a: Answers) -> pd.DataFrame: # subject, n, base, tuned, differ
                              low=[low for low, _ in intervals], high=[high for _, high in intervals], gained=table.gained, lost=table.lost,
                              p_value=p_values, p_holm=holm(p_values), smallest=[smallest_difference(n, changed) for n in table.n])).round(dict.fromkeys(("base", "tuned", "difference", "low", "high", "smallest"), 6))
 
-# %% ../nbs/04d_gain.ipynb #39c12733
+# %% ../nbs/04d_gain.ipynb #ec5d6ff5
 def gain_table(s: Split) -> str: # a Markdown table
     "The parts of a gain, and every reference that was tried."
     def ci(x): return f"{x[0] * 100:+.1f} to {x[1] * 100:+.1f}"
@@ -197,15 +198,15 @@ def gain_table(s: Split) -> str: # a Markdown table
     parts = [f"| format: {base:.2%} → {base + s.format:.2%} ({s.best}) | {s.format * 100:+.1f} | {ci(s.format_ci95)} | {s.format_p:.2g} |",
              f"| the rest: {base + s.format:.2%} → {s.tuned:.2%} | {s.rest * 100:+.1f} | {ci(s.rest_ci95)} | {s.rest_p:.2g} |",
              f"| together: {base:.2%} → {s.tuned:.2%} | {s.total * 100:+.1f} | {ci(s.total_ci95)} | {s.total_p:.2g} |"]
-    tried = [f"| {name} | {x:.2%} | {' to '.join(f'{end:.2%}' for end in wilson(round(x * s.n), s.n))} |" for name, x in s.references.items()]
+    tried = [f"| {in_markdown(name)} | {x:.2%} | {' to '.join(f'{end:.2%}' for end in wilson(round(x * s.n), s.n))} |" for name, x in s.references.items()]
     return "\n".join(["| part of the difference | points | 95% interval | exact p |", "|---|---|---|---|", *parts, "",
                       "| the base, untrained, asked so | accuracy | 95% interval |", "|---|---|---|", *tried])
 
-# %% ../nbs/04d_gain.ipynb #17f4f41b
+# %% ../nbs/04d_gain.ipynb #2792a978
 def subject_rows(table: pd.DataFrame # of `subject_gains`
                 ) -> str: # a Markdown table
     "The subjects, the largest first."
-    rows = [f"| {r.subject} | {r.n:,} | {r.base:.1%} | {r.tuned:.1%} | {r.difference * 100:+.1f} | {r.low * 100:+.1f} to {r.high * 100:+.1f} | {r.p_holm:.2g} | {'none' if math.isnan(r.smallest) else f'{r.smallest * 100:.1f}'} |" for r in table.itertuples()]
+    rows = [f"| {in_markdown(r.subject)} | {r.n:,} | {r.base:.1%} | {r.tuned:.1%} | {r.difference * 100:+.1f} | {r.low * 100:+.1f} to {r.high * 100:+.1f} | {r.p_holm:.2g} | {'none' if math.isnan(r.smallest) else f'{r.smallest * 100:.1f}'} |" for r in table.itertuples()]
     return "\n".join(["| subject | n | base | tuned | points | 95% interval | p, Holm | could show |", "|---|---|---|---|---|---|---|---|", *rows])
 
 # %% ../nbs/04d_gain.ipynb #6ff0051d
@@ -222,7 +223,7 @@ def power_note(changed: int, # questions on which the models differ in being rig
     told = f"the smallest true difference that a test at 5% finds four times in five is {found * 100:.1f} points" if not math.isnan(found) else "no difference could be found four times in five with so few changes"
     return f"{changed:,} of {n:,} answers changed between right and wrong; {told} (Connor 1987; `could show` in the table, with the same share of changes)."
 
-# %% ../nbs/04d_gain.ipynb #06cf4461
+# %% ../nbs/04d_gain.ipynb #88da9494
 def plot_gain(s: Split) -> Figure: # a row a way of asking
     "Where the tuned model, the base and its references stand, with 95% Wilson intervals, and the two parts of the gain."
     rows = {f"base, {name}": x for name, x in s.references.items()} | {"tuned": s.tuned}
@@ -233,12 +234,12 @@ def plot_gain(s: Split) -> Figure: # a row a way of asking
     ends = np.array([wilson(round(x * s.n), s.n) for x in rows.values()]) * 100
     x = np.array([*rows.values()]) * 100
     ax.errorbar(x, range(len(rows)), xerr=np.abs(ends.T - x), fmt="o", color="black", ms=5, capsize=3)
-    ax.set(yticks=range(len(rows)), yticklabels=[name if len(name) < 45 else f"…{name[-43:]}" for name in rows], xlabel=f"accuracy, % (95% Wilson interval, n = {s.n:,})", ylim=(len(rows) - 0.5, -0.5))
+    ax.set(yticks=range(len(rows)), yticklabels=[label(name if len(name) < 45 else f"…{name[-43:]}") for name in rows], xlabel=f"accuracy, % (95% Wilson interval, n = {s.n:,})", ylim=(len(rows) - 0.5, -0.5))
     fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     plt.close(fig)
     return fig
 
-# %% ../nbs/04d_gain.ipynb #0d29c6ae
+# %% ../nbs/04d_gain.ipynb #91614398
 def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                out: Path | None = None, # folder for the comparison, its tables and figures
                references: tuple[Path, ...] = () # other evaluations of the base: ways of mending its form
@@ -253,7 +254,7 @@ def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the sa
     more = dict(gain=asdict(split) | rounded | dict(verdict=gain_verdict(split), resamples=RESAMPLES), smallest_difference=None if math.isnan(found) else round(found, 6),
                 by_subject=table.astype(object).where(table.notna(), None).to_dict("records"))
     save_figure(plot_gain(split), out / "figures/gain.png")
-    write_whole(out / "by_subject.csv", table.to_csv(index=False))
+    write_whole(out / "by_subject.csv", csv_text(table))
     write_whole(out / "comparison.md", text)
     write_json(out / "comparison.json", json.loads((out / "comparison.json").read_text(encoding="utf-8")) | more)
     return text

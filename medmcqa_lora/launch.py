@@ -9,7 +9,7 @@ __all__ = ['WAITED', 'USER_ERRORS', 'MEETING', 'ORDER', 'VIEWS', 'new_folder_nam
            'LaunchError', 'Interrupted', 'Report', 'read_report', 'first_of', 'first_cause', 'how_to_go_on', 'start',
            'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #6266f174
+# %% ../nbs/05_launch.ipynb #17b927d3
 import json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,17 +20,19 @@ from .files import check_writable, write_json
 from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort
 from .hosts import ask_others, check_hosts, own_address, say_end, watching
 from .progress import Passed, reported
+from .untrusted import check_name, check_notebook, literal, read_object
 
 # %% ../nbs/05_launch.ipynb #e0247ffc
 def new_folder_name(name: str) -> str: # such as "_runs/demo-20260131-120000"
     "A fresh folder's name under `_runs/` of the current folder."
     return f"_runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-# %% ../nbs/05_launch.ipynb #08991278
+# %% ../nbs/05_launch.ipynb #9ab79da1
 def check_folder(folder: Path, # where a run is to be written
                  resume: bool # it holds one already, which goes on
                 ) -> None:
     "Raises `ValueError` if a run can't be written there."
+    check_name(folder)
     if folder.exists() and not folder.is_dir(): raise ValueError(f"--out {folder}: is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume: raise ValueError(f"--out {folder}: holds another run; name a new folder, or go on with --resume")
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
@@ -46,7 +48,7 @@ def check_processes(nproc: int, nnodes: int = 1, node_rank: int = 0, rdzv_endpoi
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
-# %% ../nbs/05_launch.ipynb #975d14b0
+# %% ../nbs/05_launch.ipynb #e395dfac
 def check_recipe_here(recipe: Recipe, # about to be launched
                       training: bool = True, # else only scored
                       processes: int = 1 # in all
@@ -67,7 +69,9 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     if training and shapes and torch.cuda.is_available(): plan.check_fit(shapes, recipe, torch.cuda.get_device_properties(0).total_memory / 2**30, processes)
     sources = [recipe.eval_data or recipe.data] + [recipe.data] * training
     if not all(s == "sample" or data._is_path(s) for s in sources): return  # the hub is asked once, by the run itself
-    (data.load_pair if training else data.load_evaluation)(recipe)
+    rows = data.load_pair(recipe)[0] if training else data.load_evaluation(recipe)
+    if tokenizer and training: data.check_fits(rows.questions, tokenizer, recipe)
+    elif tokenizer: data.encode_examples(rows.questions[:1], tokenizer, recipe)  # a chat template may be missing or broken
 
 # %% ../nbs/05_launch.ipynb #2a82db89
 def settle_parallel(recipe: Recipe, processes: int # in all
@@ -153,7 +157,7 @@ def keep_earlier(target: Path # such as train.ipynb
     "Rename an executed notebook that is in the way, to train.1.ipynb or the next free number."
     if target.exists(): target.rename(next(p for n in range(1, 10**6) if not (p := target.with_suffix(f".{n}.ipynb")).exists()))
 
-# %% ../nbs/05_launch.ipynb #e1983668
+# %% ../nbs/05_launch.ipynb #314703f8
 def execute(job: dict, # as `run_notebook` writes it
             target: Path, # the executed notebook
             sockets: str, # a path of this process alone
@@ -164,7 +168,7 @@ def execute(job: dict, # as `run_notebook` writes it
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
     streams = {f"{n}_file": Passed(Steady(getattr(sys, n)), sys.stderr.isatty()) for n in ("stdout", "stderr")} if shown else {}
-    try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
+    try: papermill.execute_notebook(literal(job["notebook"]), literal(target), parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
                                     config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), on_cell_start=ending.check, **streams)
     except papermill.PapermillExecutionError as e: return failure_kind(e.ename, e.evalue, job["parameters"]["world_size"]), failure_text(e.ename, e.evalue, e.exec_count, target)
     except DeadKernelError: return "raised", dead_kernel((p := ending.kernel()) and p.poll(), target)
@@ -290,7 +294,7 @@ def start(config, # from `_launch_config`
         except (DistError, RendezvousError) as e: raise LaunchError(f"the hosts did not meet at {hosts[2] or 'this one'}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
         say_end(watch and watch.hosts, "done", "")
 
-# %% ../nbs/05_launch.ipynb #12c3b7ab
+# %% ../nbs/05_launch.ipynb #17d15e16
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -298,6 +302,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  max_restarts: int = 0 # times that processes are started anew
                 ) -> Path: # rank 0's executed notebook
     "Execute a notebook in nproc × nnodes processes; raises `LaunchError` when one fails."
+    check_notebook(shipped(notebook))
     folder.mkdir(parents=True, exist_ok=True)
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     patience = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")) - 2  # seconds until SIGKILL; torch's 30 are longer than a user waits
@@ -339,17 +344,17 @@ def check_views(views) -> list[str]: # with letters first
     if bad := [v for v in views if v not in VIEWS]: raise ValueError(f"--views {bad[0] or 'with an empty name'}: is not one of {', '.join(VIEWS)}; give names with commas between")
     return [v for v in VIEWS if v == "letters" or v in views]
 
-# %% ../nbs/05_launch.ipynb #3e3f7122
+# %% ../nbs/05_launch.ipynb #44c658ca
 def check_same_weights(adapter: Path, # a run's adapter/ folder
                        recipe: Recipe) -> None:
     "Raises `ValueError` if an adapter was trained on random weights and is to be scored on others, or the reverse."
     file = adapter.absolute().parent / "recipe.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = read_object(file, "copy it again") if file.is_file() else {}
     asked = (recipe.weights, recipe.seed if recipe.weights == "random" else None)
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #78d34815
+# %% ../nbs/05_launch.ipynb #41f68a38
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
@@ -360,6 +365,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     quiet: bool = False # show nothing on the terminal
                    ) -> Path: # the same folder
     "Score a base model, or a tuned one, through `runs/evaluate.ipynb`; raises like `launch_train`."
+    from medmcqa_lora.merge import check_finite
     from medmcqa_lora.model import check_adapter
     from medmcqa_lora.orders import draw_orders
     views, recipe = check_views(views), replace(recipe, parallel="auto") if recipe.parallel == "fsdp" else recipe  # scoring takes a whole copy in each process
@@ -367,7 +373,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     check_folder(folder, resume)
     if slow := check_processes(nproc): print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
-    if adapter is not None: check_adapter(adapter, recipe.model); check_same_weights(adapter, recipe)
+    if adapter is not None: check_adapter(adapter, recipe.model); check_finite(adapter); check_same_weights(adapter, recipe)
     parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders, "quiet": quiet}
     with reported(folder, "evaluation", Interrupted, quiet): run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

@@ -9,7 +9,7 @@ __all__ = ['SEEN', 'SPACED', 'NEAR', 'BANDS', 'ROWS', 'KINDS', 'MEANING', 'DROPS
            'name_row', 'overlap_examples', 'describe_overlaps', 'check_new_file', 'write_overlaps', 'drop_overlaps',
            'overlap_record', 'overlap_words']
 
-# %% ../nbs/01e_leakage.ipynb #d6ccb8aa
+# %% ../nbs/01e_leakage.ipynb #5c0c2946
 import json, unicodedata, zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from itertools import tee
 from pathlib import Path
 import pandas as pd
 from .files import visible, write_whole
+from .untrusted import check_name
 
 # %% ../nbs/01e_leakage.ipynb #2e4064ac
 def as_it_is(q) -> tuple[str, ...]: # stem and the four options, in order
@@ -189,9 +190,10 @@ def describe_overlaps(found: Overlaps, against: str, # the evaluation rows' sour
         lines += [f"{r.kind}, similarity {r.similarity:.2f}", f"  training    {r[4]}  {r.training}", f"  evaluation  {r[5]}  {r.evaluation}"]
     return visible("\n".join(lines), keep="\n")
 
-# %% ../nbs/01e_leakage.ipynb #a2ca3931
+# %% ../nbs/01e_leakage.ipynb #b931abca
 def check_new_file(file: Path) -> None: # raises `ValueError` where there is one, or no folder for it
     "Refuse to write over anything."
+    check_name(file)
     if file.exists(): raise ValueError(f"--out {file}: exists already; name a new file")
     if not file.parent.is_dir(): raise ValueError(f"--out {file}: there is no folder {file.parent}; make it, or name another")
 

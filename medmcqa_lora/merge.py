@@ -9,7 +9,7 @@ __all__ = ['OTHER_WEIGHTS', 'NOT_PLAIN', 'PLAIN_STARTS', 'DTYPES', 'FORMATS', 'b
            'merge_card', 'plan_merge', 'merge_adapter', 'vllm_names', 'check_vllm', 'vllm_tensors', 'vllm_config',
            'export_card', 'export_adapter']
 
-# %% ../nbs/02c_merge.ipynb #426431c3
+# %% ../nbs/02c_merge.ipynb #5eb85b97
 import copy, itertools, json, math, os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from tqdm.std import tqdm
 from .files import bar_columns, check_writable, write_whole
 from .folders import check_room, whole_folder
-from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model
+from .model import adapter_shapes, check_adapter, check_checkpoint, resolve_model, shard_files
 from .recipe import nearest
+from .untrusted import check_adapter_config, check_name, read_object
 
-# %% ../nbs/02c_merge.ipynb #31a8d03b
+# %% ../nbs/02c_merge.ipynb #9c9e1887
 def base_of(adapter: Path # an adapter/ folder
            ) -> str: # folder, hub id or built-in name; "" if nobody says
     "The base model that an adapter was made for: by its run's recipe.json, else by its own configuration; raises `ValueError` if that isn't JSON."
     def read(file, key):
-        try: return "" + (json.loads(file.read_text()).get(key) or "")
-        except (ValueError, AttributeError, TypeError): raise ValueError(f"{file}: is not a JSON object; copy it again, or name the base with --base") from None
+        value = read_object(file, remedy := "copy it again, or name the base with --base").get(key) or ""
+        if not isinstance(value, str): raise ValueError(f"{file}: {key} is not text; {remedy}")
+        return value
     recipe = adapter.absolute().parent / "recipe.json"
     if recipe.is_file() and read(recipe, "weights") == "random": raise ValueError(f"adapter {adapter}: was trained on random weights, to measure speed, and means nothing on others; name a base with --base if you want it all the same")
     return (read(recipe, "model") if recipe.is_file() else "") or read(adapter / "adapter_config.json", "base_model_name_or_path")
@@ -74,10 +76,11 @@ def check_plain(adapter: Path, config # its folder and `peft.PeftConfig`
     if (start := getattr(config, "init_lora_weights", True)) not in PLAIN_STARTS: reasons.append(f"init_lora_weights = {start}: it changes the base's weights")
     if reasons: raise ValueError(f"adapter {adapter}: is not plain LoRA ({'; '.join(reasons)}), and W + s·B·A would not be what was trained; merge it with PEFT's merge_and_unload")
 
-# %% ../nbs/02c_merge.ipynb #5e5bef8c
+# %% ../nbs/02c_merge.ipynb #33879117
 def check_kind(adapter: Path) -> None: # an adapter/ folder
     "Raises `ValueError` unless an adapter's configuration is one of plain LoRA."
     from peft import PeftConfig
+    check_adapter_config(adapter)
     try: config = PeftConfig.from_pretrained(str(adapter))
     except Exception as e: raise ValueError(f"adapter {adapter}: its adapter_config.json can't be used ({' '.join(str(e).split())[:120]}); copy it again") from None
     check_plain(adapter, config)
@@ -131,25 +134,23 @@ def check_finite(adapter: Path) -> None:
             if dtype not in DTYPES: raise ValueError(f"adapter {adapter}: {name} is {dtype}, not a float; save it in float32 or bfloat16")
             if not file.get_tensor(name).isfinite().all(): raise ValueError(f"adapter {adapter}: {name} is not finite: its training diverged; take an earlier checkpoint")
 
-# %% ../nbs/02c_merge.ipynb #030cf2ef
+# %% ../nbs/02c_merge.ipynb #bbf28be3
 def read_table(file: Path) -> dict[str, dict]: # key -> dtype, shape, data_offsets [begin, end] in bytes from the file's start
     "A safetensors file's table of contents; raises `ValueError` if the file isn't whole."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, "pt"): pass
-    except SafetensorError as e: raise ValueError(f"model {file}: not a whole safetensors file ({e}); copy it again") from None
+    except (OSError, SafetensorError, UnicodeError) as e: raise ValueError(f"model {file}: not a whole safetensors file ({e}); copy it again") from None
     with open(file, "rb") as f: table = json.loads(f.read(size := int.from_bytes(f.read(8), "little")))
     return {k: v | {"data_offsets": [8 + size + o for o in v["data_offsets"]]} for k, v in table.items() if k != "__metadata__"}
 
-# %% ../nbs/02c_merge.ipynb #d26edc81
+# %% ../nbs/02c_merge.ipynb #31ece489
 def weight_files(folder: Path) -> list[Path]: # the shards, in order
     "A model folder's weight files; raises `ValueError` if one is missing."
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file(): return [folder / "model.safetensors"]
     if not index.is_file(): raise ValueError(f"model {folder}: has neither model.safetensors nor model.safetensors.index.json; give the folder that save_pretrained wrote")
-    try: files = [folder / n for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"model {index}: is not an index of weight files; copy it again") from None
-    if deep := [f for f in files if f.parent != folder]: raise ValueError(f"model {folder}: keeps {deep[0].relative_to(folder)} in a sub-folder; save it again with save_pretrained, and merge into that")
+    files = shard_files(folder)
     if missing := [f.name for f in files if not f.is_file()]: raise ValueError(f"model {folder}: lacks {len(missing)} of {len(files)} weight files (first: {missing[0]}); copy it again")
     return files
 
@@ -233,10 +234,11 @@ def merge_file(source: Path, target: Path, # a shard, and the copy to make
                 size = math.prod(p.shape[-2:]) * DTYPES[p.dtype].itemsize
                 for i, e in enumerate(range(len(a)) if p.expert is None else [p.expert]): overwrite(f, p.begin + i * size, p.shape[-2:], DTYPES[p.dtype], a[e], b[e])
 
-# %% ../nbs/02c_merge.ipynb #0727b63b
+# %% ../nbs/02c_merge.ipynb #0edc2210
 def check_new(out: Path # where a folder is to be written
              ) -> None:
     "Raises `ValueError` if `out` can't be a new folder."
+    check_name(out)
     if out.resolve() == Path.cwd(): raise ValueError(f"--out {out}: is the folder you are in; name a new folder inside it")
     if out.is_symlink() or os.path.ismount(out): raise ValueError(f"--out {out}: is a {'link' if out.is_symlink() else 'mount point'}, which a finished folder can't replace; name a new folder inside it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"--out {out}: is {'not empty' if out.is_dir() else 'a file'}; name a new folder")

