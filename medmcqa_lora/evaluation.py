@@ -12,7 +12,7 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict', 'comparison_table',
            'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #f7096eb5
+# %% ../nbs/04_evaluation.ipynb #be97fa2a
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from .recipe import Recipe
 from .data import LETTERS, Question, fingerprint, render_prompt, render_target
 from .files import append_lines, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
+from .model import adapter_digest
 
 # %% ../nbs/04_evaluation.ipynb #81014463
 def letter_tokens(prompt: str, # any rendered prompt
@@ -375,7 +376,7 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #1da20aac
+# %% ../nbs/04_evaluation.ipynb #cc43cb09
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
@@ -385,7 +386,8 @@ def write_evaluation(folder: Path, # exists
                      further: dict[str, dict] | None = None # of what is no view: calibration, orders
                     ) -> dict: # the summary
     "Write summary.json, by_subject.csv and by_subject.png; with further views views.md and views.png, too."
-    summary = summarise(predictions, questions, model, adapter) | (views or {}) | (further or {})
+    scored = dict(adapter_sha256=digest) if adapter and (digest := adapter_digest(Path(adapter))) else {}
+    summary = summarise(predictions, questions, model, adapter) | scored | (views or {}) | (further or {})
     write_whole(folder / "by_subject.csv", subject_table(summary).to_csv(index=False))
     label = Path(adapter).parent.name if adapter else Path(model).name
     save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")

@@ -8,8 +8,8 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home', 'settle', 'own_generator',
            'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
            'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora', 'lora_report', 'save_adapter',
-           'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table',
-           'plot_blocks']
+           'adapter_digest', 'planned_model', 'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter',
+           'block_table', 'plot_blocks']
 
 # %% ../nbs/02_model.ipynb #3c7519e9
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -475,6 +475,13 @@ def save_adapter(model: nn.Module, # a PEFT model
         if old: shutil.rmtree(old)
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
+
+# %% ../nbs/02_model.ipynb #513649d3
+def adapter_digest(folder: Path # an adapter/ folder
+                  ) -> str | None: # 64 hexadecimal digits; none: no weights there
+    "A sha256 of an adapter's weights."
+    file = folder / "adapter_model.safetensors"
+    return _sha256(file) if file.is_file() else None
 
 # %% ../nbs/02_model.ipynb #1093aa59
 def planned_model(name: str # a recipe's model
