@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'tuned_run',
-           'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of', 'bench', 'demo',
-           'one_line', 'main']
+           'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate', 'compare', 'report',
+           'cross_check', 'merge', 'push', 'export', 'names_of', 'bench', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #889d78ba
 import sys
@@ -124,39 +123,25 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #0f3d02f7
-def tuned_run(tuned_dir: Path # an evaluation of a tuned model
-             ) -> Path | None: # none: the run is not there, or not to be written
-    "The folder of the run whose adapter an evaluation scored."
-    import json, os
-    from medmcqa_lora.report import is_run
-    adapter = json.loads((tuned_dir / "summary.json").read_text(encoding="utf-8")).get("adapter")
-    run = Path(adapter).parent if adapter else None
-    return run if run and is_run(run) and os.access(run, os.W_OK) else None
-
-def report_in_card(run: Path, text: str # Markdown
-                  ) -> Path: # README.md
-    "Keep a comparison in a run's folder and its model card."
-    from medmcqa_lora.files import write_whole
-    from medmcqa_lora.training import write_card
-    write_whole(run / "comparison.md", text)
-    return write_card(run)
-
-# %% ../nbs/06_cli.ipynb #366f8416
+# %% ../nbs/06_cli.ipynb #98c1b6f4
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             format_reference: Annotated[list[Path], typer.Option("--format-reference", help="Another evaluation of the base model, such as a few-shot one; repeatable.")] = [],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None,
             without: Annotated[Path | None, typer.Option("--without", help="A list from check-data --against … --out: accuracies with and without these questions, too.")] = None) -> None:
     "Paired comparison of two evaluations of the same questions; the gain split into format and the rest."
-    from medmcqa_lora import overlap
+    from medmcqa_lora import card, orders, overlap
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    if without: parts = overlap.score_without(base_dir, tuned_dir, without, out)
-    text = write_gain(base_dir, tuned_dir, out, tuple(format_reference)) + (f"\n{parts}" if without else "")
+    parts = overlap.score_without(base_dir, tuned_dir, without, out) if without else ""
+    turned = orders.write_orders(base_dir, tuned_dir)  # refuses broken lines before anything is written
+    text = "\n".join(filter(None, [write_gain(base_dir, tuned_dir, out, tuple(format_reference)), turned, parts]))
     say(text)
-    if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
+    run, why = card.card_run(tuned_dir)
+    if run: why = card.write_run_card(run, base_dir, tuned_dir, text, parts.rstrip().split("\n")[-1])
+    if why: say(f"model card  {why}")
+    if out: orders.write_orders(base_dir, tuned_dir, out)
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nby subject  {out}/by_subject.csv\nfigures     {out}/figures")
 
 # %% ../nbs/06_cli.ipynb #77f48cc1
@@ -248,13 +233,13 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #54001741
+# %% ../nbs/06_cli.ipynb #03c770ff
 @app.command()
 def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
+    from medmcqa_lora.card import write_run_card
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder, launch_evaluate, launch_train, new_folder_name
-    from medmcqa_lora.training import write_card
     settings, folder = recipe_of(recipe, p), out or Path(new_folder_name("demo"))
     check_folder(folder, resume=False)
     say(f"1/4  the score of {settings.model} as it is")
@@ -265,7 +250,7 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None) -> None:
     launch_evaluate(settings, folder / "tuned", adapter=folder / "adapter", views=["letters", "generation"])
     say("\n4/4  comparison\n")
     text = write_gain(folder / "base", folder / "tuned", folder)
-    write_card(folder, text)
+    write_run_card(folder, folder / "base", folder / "tuned", text)
     say(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
 # %% ../nbs/06_cli.ipynb #3b642eaf

@@ -114,13 +114,13 @@ def letter_bias(letters: dict[str, float] # share of each letter over all orders
     "How far the chosen letters are from a quarter each: half the sum of the distances (total variation)."
     return round(sum(abs(x - 1 / len(LETTERS)) for x in letters.values()) / 2, 6)
 
-# %% ../nbs/04f_orders.ipynb #3a0beeb0
+# %% ../nbs/04f_orders.ipynb #0ac4ccb1
 def read_orders(folder: Path # of an evaluation
                ) -> list[dict]: # lines of orders.jsonl; empty: not scored
     "What an evaluation found in several orders; raises `ValueError` for a line that isn't one."
     lines = read_lines(file := folder / "orders.jsonl")
     for n, r in enumerate(lines, 1):
-        whole = whole_prediction(r) and {r.get("choice"), *str(r.get("order"))} <= set(LETTERS) and r["id"].endswith(f"/{r['order']}")
+        whole = whole_prediction(r) and r.get("choice") in [*LETTERS] and sorted(str(r.get("order"))) == sorted(LETTERS) and r["id"].endswith(f"/{r['order']}")
         if not whole: raise ValueError(f"{file}: line {n} is not a question in an order (id, order, choice, prediction, correct); evaluate again with --orders")
     return lines
 
