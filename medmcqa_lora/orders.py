@@ -94,12 +94,12 @@ def describe_orders(s: dict # from `summarise_orders`
     return (f"{s['orders']} orders of the options: accuracy {s['accuracy']:.2%} in the mean ({s['lowest']:.2%} to {s['highest']:.2%}, standard deviation {s['spread']:.2%}); "
             f"another option chosen in another order for {s['changed']:.1%} [{s['changed_ci95'][0]:.1%}, {s['changed_ci95'][1]:.1%}] of {s['n']:,} questions; letters " + ", ".join(f"{c} {x:.1%}" for c, x in s["letters"].items()))
 
-# %% ../nbs/04f_orders.ipynb #50eb566a
+# %% ../nbs/04f_orders.ipynb #39b0957d
 def plot_orders(models: dict[str, dict] # name -> from `summarise_orders`
                ) -> Figure: # accuracies of orders; shares of letters
     "Accuracy by order, and the letters chosen over all orders."
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=(2, 1), layout="constrained")
-    points = [(name, a) for name, s in models.items() for a in s["by_order"].values()]
+    points = [(f"{name}\n{s['orders']} orders of\nn = {s['n']:,}", a) for name, s in models.items() for a in s["by_order"].values()]
     sns.stripplot(x=[a for _, a in points], y=[n for n, _ in points], hue=[n for n, _ in points], jitter=0.2, ax=left, legend=False)
     left.set(xlabel="accuracy, a point an order", ylabel="")
     sns.barplot(x=[c for _ in models for c in LETTERS], y=[x for s in models.values() for x in s["letters"].values()], hue=[n for n in models for _ in LETTERS], ax=right)
