@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'Quiet', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
            'expand_home', 'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'print_script', 'train',
-           'status', 'evaluate', 'tuned_run', 'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push',
-           'export', 'names_of', 'bench', 'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
+           'status', 'evaluate', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of', 'bench',
+           'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #6be8c75a
 import sys
@@ -158,40 +158,25 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #4e168c9b
-def tuned_run(tuned_dir: Path # an evaluation of a tuned model
-             ) -> Path | None: # none: the run is not there, or not to be written
-    "The folder of the run whose adapter an evaluation scored."
-    import os
-    from medmcqa_lora.report import is_run
-    from medmcqa_lora.untrusted import read_object
-    adapter = read_object(tuned_dir / "summary.json", "evaluate again").get("adapter")
-    run = Path(adapter).parent if adapter and isinstance(adapter, str) else None
-    return run if run and is_run(run) and os.access(run, os.W_OK) else None
-
-def report_in_card(run: Path, text: str # Markdown
-                  ) -> Path: # README.md
-    "Keep a comparison in a run's folder and its model card."
-    from medmcqa_lora.files import write_whole
-    from medmcqa_lora.training import write_card
-    write_whole(run / "comparison.md", text)
-    return write_card(run)
-
-# %% ../nbs/06_cli.ipynb #366f8416
+# %% ../nbs/06_cli.ipynb #8756debd
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             format_reference: Annotated[list[Path], typer.Option("--format-reference", help="Another evaluation of the base model, such as a few-shot one; repeatable.")] = [],
             out: Annotated[Path | None, typer.Option("--out", help="Write the comparison and its figures there.")] = None,
             without: Annotated[Path | None, typer.Option("--without", help="A list from check-data --against … --out: accuracies with and without these questions, too.")] = None) -> None:
     "Paired comparison of two evaluations of the same questions; the gain split into format and the rest."
-    from medmcqa_lora import overlap
+    from medmcqa_lora import card, orders, overlap
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    if without: parts = overlap.score_without(base_dir, tuned_dir, without, out)
-    text = write_gain(base_dir, tuned_dir, out, tuple(format_reference)) + (f"\n{parts}" if without else "")
+    parts = overlap.score_without(base_dir, tuned_dir, without, out) if without else ""
+    turned = orders.write_orders(base_dir, tuned_dir)  # refuses broken lines before anything is written
+    text = "\n".join(filter(None, [write_gain(base_dir, tuned_dir, out, tuple(format_reference)), turned, parts]))
     say(text)
-    if run := tuned_run(tuned_dir): say(f"model card  {report_in_card(run, text)}")
+    run, why = card.card_run(tuned_dir)
+    if run: why = card.write_run_card(run, base_dir, tuned_dir, text, parts.rstrip().split("\n")[-1])
+    if why: say(f"model card  {why}")
+    if out: orders.write_orders(base_dir, tuned_dir, out)
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nby subject  {out}/by_subject.csv\nfigures     {out}/figures")
 
 # %% ../nbs/06_cli.ipynb #77f48cc1
@@ -305,13 +290,13 @@ def unfinished_demo(settings: Recipe) -> Path | None: # none: begin a new one
     except (OSError, ValueError): return None
     return newest if before == json.loads(json.dumps(vars(settings))) else None
 
-# %% ../nbs/06_cli.ipynb #f43cdda5
+# %% ../nbs/06_cli.ipynb #e2696925
 @app.command()
 def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None, resume: Resume = False, quiet: Quiet = False) -> None:
     "The whole job at a small size: base score, LoRA, tuned score, comparison, report."
+    from medmcqa_lora.card import write_run_card
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import launch_evaluate, launch_train, new_folder_name
-    from medmcqa_lora.training import write_card
     settings, tell = recipe_of(recipe, p), (lambda text: None) if quiet else say
     if not out and (found := unfinished_demo(settings)): out, resume = found, True; tell(f"going on with {out}, which was interrupted; --out FOLDER begins a new one")
     folder = out or Path(new_folder_name("demo"))
@@ -325,7 +310,7 @@ def demo(recipe: RecipeName = "demo", p: Params = [], out: Out = None, resume: R
     if not (folder / "tuned/summary.json").exists(): score("tuned", adapter=folder / "adapter")
     tell("\n4/4  comparison\n")
     text = write_gain(folder / "base", folder / "tuned", folder)
-    write_card(folder, text)
+    write_run_card(folder, folder / "base", folder / "tuned", text)
     tell(f"{text}\nnotebook    {folder}/train.ipynb\nfigures     {folder}/figures\nmodel card  {folder}/README.md")
 
 # %% ../nbs/06_cli.ipynb #e99e5016

@@ -12,7 +12,7 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
            'comparison_table', 'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #9d572f55
+# %% ../nbs/04_evaluation.ipynb #fbaaa7d6
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +28,7 @@ from .data import LETTERS, MOST_DRAWN, Question, fingerprint, render_prompt, ren
 from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .progress import Work
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
+from .model import adapter_digest
 
 # %% ../nbs/04_evaluation.ipynb #81014463
 def letter_tokens(prompt: str, # any rendered prompt
@@ -376,7 +377,7 @@ def was_packed(folder: Path) -> bool: # whether prompts are packed
     "What `record_packing` recorded."
     return json.loads((folder / "evaluation.json").read_text())["packed"]
 
-# %% ../nbs/04_evaluation.ipynb #e9802231
+# %% ../nbs/04_evaluation.ipynb #de2d3d01
 def write_evaluation(folder: Path, # exists
                      predictions: list[dict], # a record a question, in order
                      questions: list[Question], # the same, for the fingerprint
@@ -386,7 +387,8 @@ def write_evaluation(folder: Path, # exists
                      further: dict[str, dict] | None = None # of what is no view: calibration, orders
                     ) -> dict: # the summary
     "Write summary.json, by_subject.csv and by_subject.png; with further views views.md and views.png, too."
-    summary = summarise(predictions, questions, model, adapter) | (views or {}) | (further or {})
+    scored = dict(adapter_sha256=digest) if adapter and (digest := adapter_digest(Path(adapter))) else {}
+    summary = summarise(predictions, questions, model, adapter) | scored | (views or {}) | (further or {})
     write_whole(folder / "by_subject.csv", csv_text(subject_table(summary)))
     label = Path(adapter).parent.name if adapter else Path(model).name
     save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")

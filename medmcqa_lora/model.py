@@ -8,8 +8,8 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'shard_files', 'stored_tensors', 'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home',
            'settle', 'own_generator', 'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of',
            'Matrix', 'list_matrices', 'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora',
-           'lora_report', 'sort_targets', 'save_adapter', 'planned_model', 'adapter_shapes', 'planned_adapter',
-           'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
+           'lora_report', 'sort_targets', 'save_adapter', 'adapter_digest', 'planned_model', 'adapter_shapes',
+           'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
 # %% ../nbs/02_model.ipynb #b906d933
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
@@ -498,6 +498,13 @@ def save_adapter(model: nn.Module, # a PEFT model
         (work / "README.md").unlink(missing_ok=True)  # a form that PEFT leaves blank; the run's card says more
         sort_targets(work / "adapter_config.json")
     return folder
+
+# %% ../nbs/02_model.ipynb #513649d3
+def adapter_digest(folder: Path # an adapter/ folder
+                  ) -> str | None: # 64 hexadecimal digits; none: no weights there
+    "A sha256 of an adapter's weights."
+    file = folder / "adapter_model.safetensors"
+    return _sha256(file) if file.is_file() else None
 
 # %% ../nbs/02_model.ipynb #aba3c1f0
 def planned_model(name: str # a recipe's model

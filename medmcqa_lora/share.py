@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['SHARED', 'check_shareable', 'stage', 'push']
 
-# %% ../nbs/05b_share.ipynb #a8e9627d
-import shutil, tempfile
+# %% ../nbs/05b_share.ipynb #07853b6a
+import json, shutil, tempfile
 from pathlib import Path
+from .model import adapter_digest
 
-# %% ../nbs/05b_share.ipynb #71b74b0c
-SHARED = ("recipe.json", "environment.json", "metrics.jsonl", "figures/loss.png")  # beside adapter and card, where they are there
+# %% ../nbs/05b_share.ipynb #96cccd4c
+SHARED = ("recipe.json", "environment.json", "metrics.jsonl", "evaluated.json", "figures/loss.png")  # beside adapter and card, where they are there
 
 def check_shareable(run: Path # a finished run's folder
                    ) -> None:
-    "Raises `ValueError` if a run has no adapter or no card, or if the card's metadata are not valid."
+    "Raises `ValueError` if a run has no adapter or no card, if the card's metadata are not valid, or if its numbers are another adapter's."
     from huggingface_hub import ModelCard
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "README.md"):
         if not (run / name).is_file(): raise ValueError(f"{run}: has no {name}; give the --out folder of a finished train")
     try: data = ModelCard((run / "README.md").read_text(encoding="utf-8")).data
     except Exception as e: raise ValueError(f"{run}/README.md: its metadata can't be read ({' '.join(str(e).split())[:150]}); run compare again, which writes the card") from None
     if data.library_name != "peft": raise ValueError(f"{run}/README.md: is not the card of a run (library_name is {data.library_name!r}, not 'peft')")
+    if data.eval_results and (run / "evaluated.json").is_file():
+        scored = json.loads((run / "evaluated.json").read_text(encoding="utf-8")).get("adapter_sha256")
+        if scored != adapter_digest(run / "adapter"): raise ValueError(f"{run}/README.md: its numbers are those of another adapter (trained on since?); evaluate this one, and run compare again")
 
 # %% ../nbs/05b_share.ipynb #f2e37e5a
 def stage(run: Path, # as `check_shareable` takes it
