@@ -37,7 +37,8 @@ from .float8 import weights8
 from .files import append_line, check_writable, read_lines, save_figure, write_json, write_whole
 from .fused import is_fused, make_room, room_of, undo_fused, use_triton
 from .kernels import INSTALL, PADDED_ROWS, can_use_varlen, choose_packing, describe_kernels, has_own_scan, missing_kernels, row_multiple
-from .launch import check_recipe_here, end_with_parent
+from .launch import check_recipe_here
+from .guard import end_with_parent
 from .model import attach_lora, check_backend, group_of, list_matrices, load_config, load_model, load_tokenizer, planned_model, select
 from .step import POSITIONS, Recording, Step, can_use_head_loss
 from .training import can_record, git_commit, hardware, make_trainer, versions

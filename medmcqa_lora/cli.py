@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'app', 'Adapter', 'NewFolder', 'Base', 'join_params',
-           'expand_home', 'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'train', 'evaluate',
-           'tuned_run', 'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of',
-           'bench', 'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
+           'expand_home', 'recipe_of', 'common', 'say', 'check_source', 'check_data', 'plan', 'print_script', 'train',
+           'evaluate', 'tuned_run', 'report_in_card', 'compare', 'report', 'cross_check', 'merge', 'push', 'export',
+           'names_of', 'bench', 'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
 
 # %% ../nbs/06_cli.ipynb #889d78ba
 import sys
@@ -101,15 +101,29 @@ def plan(recipe: RecipeName = "demo", p: Params = [], gpus: Annotated[int, typer
     if gpus < 1 or not (gpu_memory is None or 0 < gpu_memory < 1e6): raise ValueError(f"--gpus {gpus} --gpu-memory {gpu_memory}: give at least one GPU, and its memory in GiB")
     say(describe_plan(recipe_of(recipe, p), gpus, gpu_memory))
 
-# %% ../nbs/06_cli.ipynb #8c7118a4
+# %% ../nbs/06_cli.ipynb #efd3d248
+def print_script(kind: str, recipe: str, params: list[str], out: str, nnodes: int, nproc: int, max_restarts: int) -> None:
+    "Print a batch script for `train`; raises `ValueError` for what can't be written."
+    from medmcqa_lora.hosts import check_hosts, slurm_script
+    if kind != "slurm": raise ValueError(f"--print {kind}: there is slurm alone")
+    if not out: raise ValueError("--out: a job's hosts need a folder's name, the same on each")
+    if nproc < 1: raise ValueError(f"--nproc-per-node {nproc}: must be at least 1")
+    check_hosts(nnodes, 0, "" if nnodes == 1 else "host:1", max_restarts)
+    words = [w for pair in params for w in ("-p", *pair.split("=", 1))]
+    print(slurm_script(["--recipe", recipe, *words, *(["--max-restarts", str(max_restarts)] if max_restarts else [])], out, nnodes, nproc), end="")
+
+# %% ../nbs/06_cli.ipynb #fcb03f82
 @app.command()
 def train(recipe: RecipeName = "demo", p: Params = [], nproc_per_node: Processes = 1,
           nnodes: Annotated[int, typer.Option(help="Machines.")] = 1, node_rank: Annotated[int, typer.Option(help="This machine's number, from 0.")] = 0,
-          rdzv_endpoint: Annotated[str, typer.Option(help="HOST:PORT of machine 0.")] = "", out: Out = None, resume: Resume = False) -> None:
+          rdzv_endpoint: Annotated[str, typer.Option(help="HOST:PORT of machine 0.")] = "",
+          max_restarts: Annotated[int, typer.Option(help="Times that failed processes are started again, from the last checkpoint.")] = 0,
+          out: Out = None, resume: Resume = False, script: Annotated[str, typer.Option("--print", metavar="slurm", help="Write a batch script instead of training.")] = "") -> None:
     "Train a recipe: papermill runs nbs/runs/train.ipynb under torchrun."
-    from medmcqa_lora.launch import launch_train
     settings = recipe_of(recipe, p, out=out)
-    folder = launch_train(settings, Path(recipe).stem, resume, nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
+    if script: return print_script(script, recipe, p, settings.out, nnodes, nproc_per_node, max_restarts)
+    from medmcqa_lora.launch import launch_train
+    folder = launch_train(settings, Path(recipe).stem, resume, nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, max_restarts=max_restarts)
     say(f"\nnotebook  {folder}/train.ipynb\nadapter   {folder}/adapter\nfigures   {folder}/figures\ncard      {folder}/README.md")
 
 # %% ../nbs/06_cli.ipynb #41f5ae8f

@@ -11,11 +11,13 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'trai
 # %% ../nbs/03_training.ipynb #e7e11d73
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 import matplotlib.pyplot as plt, seaborn as sns, torch
 from matplotlib.figure import Figure
 from IPython.display import display
 from tqdm.std import tqdm
+from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
@@ -40,6 +42,7 @@ def training_arguments(recipe: Recipe, # checked
                       ) -> object: # a `trl.SFTConfig`
     "TRL's arguments for a recipe and a run folder."
     from trl import SFTConfig
+    if not torch.cuda.is_available(): PartialState(cpu=True, timeout=timedelta(seconds=recipe.ddp_timeout))  # transformers passes it on for GPUs alone
     best = recipe.early_stopping_patience is not None
     same = {k: getattr(recipe, k) for k in SAME_NAME}
     same["per_device_eval_batch_size"] = min(recipe.per_device_eval_batch_size, PADDED_ROWS)  # rows of an evaluation's loss are padded
