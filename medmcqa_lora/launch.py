@@ -35,13 +35,14 @@ def check_folder(folder: Path, # where a run is to be written
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
     check_writable(folder, next(p for p in [folder, *folder.absolute().parents] if p.exists()))
 
-# %% ../nbs/05_launch.ipynb #ca4a3f56
+# %% ../nbs/05_launch.ipynb #6418e328
 def check_processes(nproc: int, nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "", max_restarts: int = 0) -> str: # a warning, or ""
     "Raises `ValueError` if so many processes can't run here."
     import torch
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if nproc < 1: raise ValueError(f"--nproc-per-node {nproc}: must be at least 1")
     check_hosts(nnodes, node_rank, rdzv_endpoint, max_restarts)
+    if nnodes > 1: own_address(rdzv_endpoint)
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 

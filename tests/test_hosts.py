@@ -188,3 +188,32 @@ def test_ctrl_c_on_one_host_stops_both_behind_one_step(cable, tmp_path):
     print(f"Ctrl-C on host 1: {time.time() - began:.1f} s; {told}")
     steps = {re.search(r"stopped behind step (\d+)", line)[1] for line in told}
     assert len(steps) == 1 and (tmp_path / f"run/checkpoints/checkpoint-{steps.pop()}").is_dir()
+
+
+WRONG = {  # words behind train, what the message must hold
+    ("--nnodes", "2", "--node-rank", "2", "--rdzv-endpoint", "h:1"): "--node-rank 2: with --nnodes 2 it is one of 0 to 1",
+    ("--nnodes", "2", "--node-rank", "-1", "--rdzv-endpoint", "h:1"): "--node-rank -1: with --nnodes 2",
+    ("--node-rank", "1"): "--node-rank 1: with --nnodes 1 it is 0",
+    ("--nnodes", "2"): "several hosts need --rdzv-endpoint HOST:PORT",
+    ("--nnodes", "0"): "--nnodes 0: must be at least 1",
+    ("--nnodes", "2", "--rdzv-endpoint", "node0"): "--rdzv-endpoint node0: is not HOST:PORT",
+    ("--nnodes", "2", "--rdzv-endpoint", "no-such-host.invalid:29500"): "--rdzv-endpoint no-such-host.invalid:29500: can't be reached from here",
+    ("--max-restarts", "-1"): "--max-restarts -1: is a number of restarts",
+    ("--print", "pbs"): "--print pbs: there is slurm alone",
+}
+
+
+@pytest.mark.parametrize("given", WRONG, ids=" ".join)
+def test_wrong_words_about_hosts(given, cli, tmp_path):
+    code, _, err = cli(*words(tmp_path / "run"), *given)
+    assert code == 1 and WRONG[given] in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_slurm_script_is_bash_and_passes_the_words_on(cli, tmp_path):
+    code, out, _ = cli("train", "--recipe", "toy", "-p", "data", "my 'rows'.jsonl", "--nnodes", "4", "--nproc-per-node", "8", "--out", "/shared/run", "--print", "slurm")
+    assert code == 0 and "#SBATCH --nodes=4\n" in out and "#SBATCH --gpus-per-node=8\n" in out
+    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
+    mock = "scontrol() { echo a; }; srun() { shift; SLURM_NODEID=3 \"$@\"; }; medmcqa-lora() { printf '%s\\n' \"$@\"; }; export -f medmcqa-lora; SLURM_JOB_ID=7\n"
+    passed = subprocess.run(["bash"], input=mock + out.replace("exec ", ""), text=True, capture_output=True).stdout.splitlines()
+    assert "my 'rows'.jsonl" in passed and passed[passed.index("--node-rank") + 1] == "3" and passed[passed.index("--rdzv-endpoint") + 1] == "a:20007"
