@@ -32,6 +32,6 @@ def test_notebook(notebook: Path, executed: dict[Path, Future]):
 
 
 def test_all_numbered_notebooks_are_found():
-    named = ["00_recipe", "00a_files", "00b_folders", "01_data", "01a_triton_kernels", "01aa_float8_kernels", "01ab_float8", "01b_fused", "01c_ssd_kernels", "01d_mamba", "01e_leakage", "02_model", "02a_experts", "02b_kernels", "02c_merge", "02d_plan", "02e_blocks", "02f_step", "02g_shards", "02h_checkpoints", "03_training", "04_evaluation", "04a_generation", "04b_options", "04b_overlap", "04c_uncertainty", "04d_gain", "04e_calibration", "04f_orders", "04g_cross_check", "04g_report", "05_launch", "05a_bench", "05b_share", "06_cli", "index"]
+    named = ["00_recipe", "00a_files", "00b_folders", "01_data", "01a_triton_kernels", "01aa_float8_kernels", "01ab_float8", "01b_fused", "01c_ssd_kernels", "01d_mamba", "01e_leakage", "02_model", "02a_experts", "02b_kernels", "02c_merge", "02d_plan", "02e_blocks", "02f_step", "02g_shards", "02h_checkpoints", "03_training", "03a_stopping", "04_evaluation", "04a_generation", "04b_options", "04b_overlap", "04c_uncertainty", "04d_gain", "04e_calibration", "04f_orders", "04g_cross_check", "04g_report", "04h_guard", "05_launch", "05a_bench", "05b_share", "05c_hosts", "06_cli", "index"]
     assert [p.stem for p in NOTEBOOKS if p.parent.name == "nbs"] == named
     assert [p.stem for p in NOTEBOOKS if p.parent.name == "explain"] == ["full_size", "leaderboard", "nemotron_lora", "performance", "results"]
