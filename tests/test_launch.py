@@ -1,11 +1,8 @@
 """Runs in processes of their own: papermill under torch's launcher."""
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,23 +110,6 @@ def test_failure_on_the_command_line_is_one_line(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("medmcqa-lora: rank ") and "max_length = 3: no example fits" in last
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
-
-
-def test_training_goes_on_after_a_kill(one, tmp_path, cli):
-    folder = tmp_path / "run"
-    words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "8", "--out", str(folder)]
-    command = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 60
-    while not (folder / "checkpoints/checkpoint-3/trainer_state.json").exists():
-        assert time.time() < deadline and command.poll() is None
-        time.sleep(0.02)
-    os.killpg(command.pid, signal.SIGKILL)
-    command.wait()
-    code, _, err = cli(*words, "--resume")
-    assert code == 0, err[-2000:]
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-6)
-    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, folder))
-    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
 @pytest.mark.skipif(not ALL, reason="make test-all; start_run itself is tested in 03_training")
