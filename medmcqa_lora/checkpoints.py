@@ -190,13 +190,13 @@ def rotate(run: Path, limit: int, keep: set[str]) -> list[str]: # names of check
         shutil.rmtree(work, ignore_errors=True)
     return [p.name for p in gone]
 
-# %% ../nbs/02h_checkpoints.ipynb #aa81bf10
+# %% ../nbs/02h_checkpoints.ipynb #2d5d09b9
 def try_save(trainer, work: Path, final: Path, told: list[dict], best: str) -> str: # why it failed; empty: it is there
     "Write a checkpoint under its working name and rename it; all processes call it."
     first = trainer.is_world_process_zero()
     try:
         with naming(final):
-            if first: shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
+            if first: shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True, exist_ok=True)
             write_parts(trainer, work)
             if first: finish(trainer, work, final, told, best)
     except Exception as e:

@@ -9,7 +9,7 @@ __all__ = ['WAITED', 'USER_ERRORS', 'MEETING', 'ORDER', 'VIEWS', 'new_folder_nam
            'LaunchError', 'Interrupted', 'Report', 'read_report', 'first_of', 'first_cause', 'how_to_go_on', 'start',
            'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #17b927d3
+# %% ../nbs/05_launch.ipynb #879cb24d
 import json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import check_writable, write_json
-from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort
+from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort, wait_until_free
 from .hosts import ask_others, check_hosts, own_address, say_end, watching
 from .progress import Passed, reported
 from .untrusted import check_name, check_notebook, literal, read_object
@@ -38,13 +38,14 @@ def check_folder(folder: Path, # where a run is to be written
     if resume and not folder.is_dir(): raise ValueError(f"--out {folder}: nothing to resume there; name the folder of an interrupted run")
     check_writable(folder, next(p for p in [folder, *folder.absolute().parents] if p.exists()))
 
-# %% ../nbs/05_launch.ipynb #6e670a74
+# %% ../nbs/05_launch.ipynb #a44ac07d
 def check_processes(nproc: int, nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "", max_restarts: int = 0) -> str: # a warning, or ""
     "Raises `ValueError` if so many processes can't run here."
     import torch
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if nproc < 1: raise ValueError(f"--nproc-per-node {nproc}: must be at least 1")
     check_hosts(nnodes, node_rank, rdzv_endpoint, max_restarts)
+    if nnodes > 1: own_address(rdzv_endpoint)
     if gpus and nproc > gpus: raise ValueError(f"--nproc-per-node {nproc}: this machine has {gpus} GPU{'s'[:gpus > 1]}; use at most {gpus}")
     return f"--nproc-per-node {nproc}: only {cores} CPU cores here; it will be slow" if not gpus and nproc > cores else ""
 
@@ -175,14 +176,14 @@ def execute(job: dict, # as `run_notebook` writes it
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #04b6813e
+# %% ../nbs/05_launch.ipynb #0817b510
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
     ending = Ending(job["patience"])
     for s in ENDINGS: signal.signal(s, ending)
-    end_with_parent(job["launcher"], ending, job["patience"] + 2)
+    end_with_parent(job["launcher"], lambda: (ending(), ending()), 4)  # twice is at once
     whole = keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's advice to install widgets; there is no browser here
@@ -270,7 +271,7 @@ def how_to_go_on(logs: Path, # the launcher's folder with its workers' reports
     step = next((t["text"].split(";")[0] for t in told if t["kind"] == "stopped"), "what was written stays there")
     return f"interrupted ({name}): {folder}: {step}; go on with the same command and --resume --out {folder}"
 
-# %% ../nbs/05_launch.ipynb #50acc2d8
+# %% ../nbs/05_launch.ipynb #b77b4882
 def start(config, # from `_launch_config`
           logs: str, folder: Path, # the launcher's, and the run's
           patience: float, # seconds that workers get to end
@@ -281,7 +282,7 @@ def start(config, # from `_launch_config`
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
-    with guarded(patience + 3), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted"):
+    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted"):
         try: elastic_launch(config, sys.executable)("-c", "import sys; from medmcqa_lora.launch import worker; worker(sys.argv[1])", f"{logs}/job.json")
         except ChildFailedError as e:
             if watch: watch.failed = True
@@ -294,7 +295,7 @@ def start(config, # from `_launch_config`
         except (DistError, RendezvousError) as e: raise LaunchError(f"the hosts did not meet at {hosts[2] or 'this one'}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
         say_end(watch and watch.hosts, "done", "")
 
-# %% ../nbs/05_launch.ipynb #17d15e16
+# %% ../nbs/05_launch.ipynb #f8203665
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -304,6 +305,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     "Execute a notebook in nproc × nnodes processes; raises `LaunchError` when one fails."
     check_notebook(shipped(notebook))
     folder.mkdir(parents=True, exist_ok=True)
+    if nnodes == 1: wait_until_free(folder)  # other hosts of this run may be this machine
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     patience = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")) - 2  # seconds until SIGKILL; torch's 30 are longer than a user waits
     job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), launcher=os.getpid(), patience=patience,

@@ -1,23 +1,20 @@
 """Runs in processes of their own: papermill under torch's launcher."""
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from conftest import ALL, processes_with, sampled
+from conftest import ALL, sampled
 from safetensors.torch import load_file
 from test_packing import trained
 
 from medmcqa_lora.files import read_lines
-from medmcqa_lora.launch import LaunchError, launch_evaluate, launch_train, run_notebook
+from medmcqa_lora.launch import LaunchError, launch_evaluate, launch_train
 from medmcqa_lora.recipe import load_recipe
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
@@ -105,27 +102,6 @@ def test_a_short_trial_logs_its_last_step(told):
     assert [m["step"] for m in read_lines(told / "metrics.jsonl")] == [2]
 
 
-def notebook(folder: Path, *cells: str) -> Path:
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("world_size = 1", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)])
-    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbformat.write(nb, folder / "job.ipynb")
-    return folder / "job.ipynb"
-
-
-JOIN = "import torch, os, time; torch.distributed.init_process_group('gloo')"
-
-
-def test_a_failing_rank_ends_the_command(tmp_path):
-    job = notebook(tmp_path, JOIN, "if os.environ['RANK'] == '1': open('failed', 'w').close(); raise RuntimeError('broken on purpose')\ntorch.distributed.barrier()")
-    mark = str(tmp_path / "run")
-    os.chdir(tmp_path)
-    with pytest.raises(LaunchError, match=r"rank 1: cell \d+: RuntimeError: broken on purpose \(traceback in .*rank1.ipynb\)"):
-        run_notebook(str(job), Path(mark), {}, nproc=2)
-    assert time.time() - (tmp_path / "failed").stat().st_mtime < 15
-    assert not processes_with(mark)
-    assert "broken on purpose" in (tmp_path / "run/rank1.ipynb").read_text()
-
-
 def test_failure_on_the_command_line_is_one_line(tmp_path):
     """Not a wall of launcher text: the only line behind the run's own output is ours."""
     done = subprocess.run([*COMMAND, "train", "--recipe", "toy", "-p", "max_length", "3", "--nproc-per-node", "2", "--out", str(tmp_path / "run")],
@@ -134,55 +110,6 @@ def test_failure_on_the_command_line_is_one_line(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("medmcqa-lora: rank ") and "max_length = 3: no example fits" in last
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
-
-
-@pytest.mark.parametrize("how", sampled([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 1))
-def test_a_killed_command_leaves_no_process(tmp_path, how):
-    job = notebook(tmp_path, JOIN, "open('up' + os.environ['RANK'], 'w').close(); time.sleep(300)")
-    mark = f"MARK{os.getpid()}{how}"
-    code = f"import sys; from pathlib import Path; from medmcqa_lora.launch import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)"
-    command = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "MARK": mark}, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not ((tmp_path / "up0").exists() and (tmp_path / "up1").exists()):
-        assert time.time() < deadline and command.poll() is None
-        time.sleep(0.2)
-    assert len(processes_with(mark)) >= 5  # the command, two papermills, two kernels
-    command.send_signal(how)
-    assert command.wait(15) != 0
-    deadline = time.time() + 15
-    while processes_with(mark) and time.time() < deadline:
-        time.sleep(0.2)
-    assert not processes_with(mark)
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    command = subprocess.Popen([*COMMAND, "train", "--recipe", "toy", "-p", "max_steps", "3000", "--out", str(tmp_path / "run")],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert command.poll() is None
-        time.sleep(0.1)
-    os.kill(command.pid, signal.SIGINT)
-    told = command.communicate(timeout=30)[1]
-    assert command.returncode == 130
-    assert "interrupted (SIGINT)" in told.strip().splitlines()[-1] and "--resume" in told and "SignalException" not in told
-
-
-def test_training_goes_on_after_a_kill(one, tmp_path, cli):
-    folder = tmp_path / "run"
-    words = ["train", "--recipe", "toy", "-p", "max_steps", "6", "-p", "save_steps", "3", "-p", "per_device_train_batch_size", "8", "--out", str(folder)]
-    command = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 60
-    while not (folder / "checkpoints/checkpoint-3/trainer_state.json").exists():
-        assert time.time() < deadline and command.poll() is None
-        time.sleep(0.02)
-    os.killpg(command.pid, signal.SIGKILL)
-    command.wait()
-    time.sleep(2.5)  # the kernel notices that its parents have gone
-    code, _, err = cli(*words, "--resume")
-    assert code == 0, err[-2000:]
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-6)
-    a, b = (load_file(f / "adapter/adapter_model.safetensors") for f in (one, folder))
-    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
 @pytest.mark.skipif(not ALL, reason="make test-all; start_run itself is tested in 03_training")

@@ -173,7 +173,6 @@ def test_the_notebook_server_dies(tmp_path):
     client = BlockingKernelClient(connection_file=str(tmp_path / f"RUNTIME/kernel-{kernel}.json"))
     client.load_connection_file()
     client.start_channels()
-    client.wait_for_ready(60)
     client.execute(f"import os; os.chdir({str(tmp_path)!r})\nfrom pathlib import Path; from medmcqa_lora.launch import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)")
     while not all((tmp_path / f"up{i}").exists() for i in (0, 1)):
         assert time.time() < deadline + 60
