@@ -318,7 +318,7 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #9199bbfb
+# %% ../nbs/05_launch.ipynb #480a224a
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  quiet: bool = False, # show nothing on the terminal
@@ -326,6 +326,7 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
     from medmcqa_lora.checkpoints import check_launch_room, check_resume
     nnodes, node_rank = nodes.get("nnodes", 1), nodes.get("node_rank", 0)
+    if nnodes > 1: os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its store warns, with a stack, of every host that leaves
     if nnodes > 1 and not recipe.out: raise ValueError("--out: several hosts need a folder's name, the same on each")
     folder = Path(recipe.out or new_folder_name(name)).expanduser()
     check_folder(folder, resume or beside or (node_rank > 0 and folder.is_dir()))  # a shared one is host 0's to check
