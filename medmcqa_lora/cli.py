@@ -125,7 +125,7 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #4e168c9b
+# %% ../nbs/06_cli.ipynb #bc6798fa
 def tuned_run(tuned_dir: Path # an evaluation of a tuned model
              ) -> Path | None: # none: the run is not there, or not to be written
     "The folder of the run whose adapter an evaluation scored."
@@ -141,8 +141,9 @@ def report_in_card(run: Path, text: str # Markdown
     "Keep a comparison in a run's folder and its model card."
     from medmcqa_lora.files import write_whole
     from medmcqa_lora.training import write_card
+    card = write_card(run, text)
     write_whole(run / "comparison.md", text)
-    return write_card(run)
+    return card
 
 # %% ../nbs/06_cli.ipynb #366f8416
 @app.command()
@@ -276,7 +277,7 @@ def one_line(e: BaseException) -> str: # what, where, what to do
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
     return visible(" ".join(short(text).split()))
 
-# %% ../nbs/06_cli.ipynb #85d24e2a
+# %% ../nbs/06_cli.ipynb #f6fbbd2c
 def main(argv: list[str] | None = None # words after the command's name; none: those it was started with
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted
     "Run the command line; `--debug` anywhere shows tracebacks."

@@ -6,10 +6,10 @@
 __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'training_arguments', 'start_run', 'peak_memory_gib',
            'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'can_record', 'pack_training',
            'make_trainer', 'last_checkpoint', 'restore_finished', 'training_seconds', 'train', 'recipe_target',
-           'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'write_card',
-           'finish_run']
+           'plot_loss', 'LiveCurve', 'versions', 'git_commit', 'hardware', 'environment', 'card_header', 'card_text',
+           'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #68bd3056
+# %% ../nbs/03_training.ipynb #a681c1fb
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm.std import tqdm
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
-from .untrusted import in_markdown
+from .untrusted import in_markdown, read_object
 from .data import Encoded
 from .files import append_line, bar_columns, read_lines, save_figure, trim_lines, write_json, write_whole
 from .model import save_adapter
@@ -320,20 +320,29 @@ def card_header(recipe: dict) -> str: # YAML between --- lines
     if recipe["data"].count("/") == 1 and not Path(recipe["data"]).exists(): fields["datasets"] = [recipe["data"]]
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"
 
-# %% ../nbs/03_training.ipynb #d6d91bda
+# %% ../nbs/03_training.ipynb #88ea14a0
+def card_text(recipe: dict, env: dict, result: dict, # the run's records
+              evaluation: str # Markdown
+             ) -> str:
+    "The model card; names from elsewhere stand in it as text."
+    gpus, head = [g["name"] for g in env["hardware"]["gpus"]], card_header(recipe)
+    where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
+    recipe = recipe | {k: in_markdown(recipe[k]) for k in ("model", "data")}
+    text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
+                       commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
+    return f"{head}\n{text}"
+
+# %% ../nbs/03_training.ipynb #7fade694
 def write_card(run: Path, # with recipe.json, environment.json and result.json
                evaluation: str = "" # Markdown of the comparison; empty: the one in the run's comparison.md, if there is one
               ) -> Path: # README.md
-    "Write the run's model card."
+    "Write the run's model card; raises `ValueError` if the run's records aren't as train leaves them."
     kept = run / "comparison.md"
     if not evaluation: evaluation = kept.read_text(encoding="utf-8") if kept.is_file() else NOT_EVALUATED
-    recipe, env, result = (json.loads((run / f"{n}.json").read_text()) for n in ("recipe", "environment", "result"))
-    gpus, head = [g["name"] for g in env["hardware"]["gpus"]], card_header(recipe)
-    where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
-    recipe |= {k: in_markdown(recipe[k]) for k in ("model", "data")}
-    text = CARD.format(**{**recipe, **result}, title=f"{Path(recipe['model']).name} on MedMCQA", floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
-                       commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
-    return write_whole(run / "README.md", head + "\n" + text)
+    recipe, env, result = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result"))
+    try: text = card_text(recipe, env, result, evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
+    return write_whole(run / "README.md", text)
 
 # %% ../nbs/03_training.ipynb #c54c559c
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md
