@@ -1171,6 +1171,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medmcqa_lora.training.card_evaluation': ( 'training.html#card_evaluation',
                                                                                   'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.card_header': ('training.html#card_header', 'medmcqa_lora/training.py'),
+                                       'medmcqa_lora.training.card_text': ('training.html#card_text', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.card_title': ('training.html#card_title', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.check_trackers': ('training.html#check_trackers', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.environment': ('training.html#environment', 'medmcqa_lora/training.py'),

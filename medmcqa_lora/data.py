@@ -218,16 +218,17 @@ def fingerprint(questions: list[Question]) -> str: # 64 hexadecimal digits
     rows = sorted(f"{identity(q)}:{q.answer}" for q in questions)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
-# %% ../nbs/01_data.ipynb #a6dd8cc5
+# %% ../nbs/01_data.ipynb #4d4c5255
 def _text(value) -> str:
-    text = "" if value is None or isinstance(value, float) and not math.isfinite(value) else str(value).strip()
+    if type(value) is str: text = value.strip()
+    else: text = "" if value is None or isinstance(value, float) and not math.isfinite(value) else str(value).strip()
     return text if text.isascii() else text.encode("utf-8", "replace").decode()  # a lone surrogate can't be hashed or tokenised
 
-# %% ../nbs/01_data.ipynb #fe5f8c30
+# %% ../nbs/01_data.ipynb #fbf0e062
 def to_question(record: dict, where: str, base: str) -> Question: # answer -2 where the row's is out of range
     "One flat record as a `Question`."
     answer = read_answer(record.get("cop"), base)
-    def name(field): return visible(_text(record.get(field))).strip()
+    def name(field): return text if (text := _text(record.get(field))).isprintable() else visible(text).strip()
     q = Question(id=name("id"), question=_text(record["question"]), options=tuple(_text(record[f"op{c.lower()}"]) for c in LETTERS),
                  answer=-2 if answer is None else answer, subject=name("subject_name") or "Unknown",
                  topic=name("topic_name"), choice_type=name("choice_type"), explanation=_text(record.get("exp")), split=name("split"), where=where)

@@ -361,13 +361,13 @@ def begin_evaluation(folder: Path, # made if missing
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
 
-# %% ../nbs/04_evaluation.ipynb #fdd768eb
+# %% ../nbs/04_evaluation.ipynb #c6593ea5
 def record_packing(folder: Path, # begun
                    packed: bool # from `choose_scoring`
                   ) -> None:
     "Add to evaluation.json whether prompts are packed; raises `ValueError` where a resumed evaluation had it otherwise."
     file, words = folder / "evaluation.json", {False: "padded", True: "packed"}
-    settings = json.loads(file.read_text())
+    settings = read_object(file, "use another --out")
     before = settings.get("packed", False if read_records(folder) else packed)
     if before != packed: raise ValueError(f"--resume {folder}: holds another evaluation (prompts were {words[before]}, are {words[packed]}); use -p packing {'on' if before else 'off'}, or another --out")
     write_json(file, settings | dict(packed=packed))

@@ -224,14 +224,14 @@ def checkpoint_shapes(folder: Path # of a model
     "What a model folder's files hold, as empty tensors; raises `ValueError` for a file that is missing or not whole."
     return {k: torch.empty(shape, device="meta") for k, (_, shape) in stored_tensors(folder).items()}
 
-# %% ../nbs/02_model.ipynb #a7d5b04b
+# %% ../nbs/02_model.ipynb #832493fe
 def empty_model(where: str # folder or hub id, or a folder that has a config.json alone
                ) -> nn.Module: # on the meta device: shapes, no memory
     "The model's structure without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
     find_mamba_kernels()  # before the modeling file is imported, as everywhere here
     try:
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, trust_remote_code=False), trust_remote_code=False)
+        with torch.device("meta"): return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, trust_remote_code=False), attn_implementation="eager", trust_remote_code=False)  # shapes alone: whatever kernel its configuration names
     except Exception as e:  # transformers and its validators raise a dozen kinds for a broken config.json
         raise ValueError(f"model {where}: its configuration can't be used ({type(e).__name__}: {' '.join(str(e).split())[:160]}); check the name and its config.json") from None
 

@@ -7,7 +7,7 @@ __all__ = ['ASK_TEXT', 'SHARING_TOLERANCE', 'OPTIONS_AT_ONCE', 'options_prompt',
            'plain_pass', 'score_plain', 'cache_for', 'ends_pass', 'score_shared', 'option_logprobs', 'sharing_error',
            'choose_sharing', 'record_sharing', 'was_shared', 'option_record', 'score_options', 'summarise_options']
 
-# %% ../nbs/04b_options.ipynb #cd48205b
+# %% ../nbs/04b_options.ipynb #1d6e0002
 import copy, json, math
 from collections.abc import Callable
 from os.path import commonprefix
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .recipe import Recipe
+from .untrusted import read_object
 from .data import LETTERS, Question, chat_prompt
 from .files import write_json
 from .evaluation import even_batches, fetch, last_places, length_batches, pad_right, prompt_batch, run_batches, send, share
@@ -184,13 +185,13 @@ def choose_sharing(model: nn.Module, # with or without LoRA
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     return error <= SHARING_TOLERANCE[half], f"the cache's numbers are {error:.0e} nats a token from those without it"
 
-# %% ../nbs/04b_options.ipynb #7c651a21
+# %% ../nbs/04b_options.ipynb #5715b7e7
 def record_sharing(folder: Path, # begun
                    shared: bool # from `choose_sharing`
                   ) -> bool: # what is recorded
     "Add to evaluation.json whether options share their prompt's pass, unless it is there."
     file = folder / "evaluation.json"
-    settings = json.loads(file.read_text())
+    settings = read_object(file, "use another --out")
     write_json(file, settings | dict(shared_prompt=settings.get("shared_prompt", shared)))
     return settings.get("shared_prompt", shared)
 

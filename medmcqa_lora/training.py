@@ -7,9 +7,9 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'OTHE
            'peak_memory_gib', 'MetricsWriter', 'Progress', 'check_trackers', 'tensorboard_writer', 'can_record',
            'pack_training', 'versions', 'add_keeper', 'make_trainer', 'restore_finished', 'training_seconds', 'train',
            'recipe_target', 'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_title',
-           'card_header', 'card_evaluation', 'write_card', 'finish_run']
+           'card_header', 'card_evaluation', 'card_text', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #7fcaf2d5
+# %% ../nbs/03_training.ipynb #ced4bbfa
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
-from .untrusted import in_markdown
+from .untrusted import in_markdown, read_object
 from .data import Encoded
 from .files import DiskError, append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .folders import hold, release
@@ -375,18 +375,26 @@ def card_evaluation(run: Path # a run's folder
     if told.get("adapter_sha256") not in (None, adapter_digest(run / "adapter")): return OTHER_ADAPTER, []
     return f"{text.read_text(encoding='utf-8')}{told.get('limits', '')}".rstrip(), told.get("results", [])
 
-# %% ../nbs/03_training.ipynb #1a66be64
-def write_card(run: Path # with recipe.json, environment.json and result.json; perhaps with what `compare` left
-              ) -> Path: # README.md
-    "Write the run's model card."
-    recipe, env, result = (json.loads((run / f"{n}.json").read_text()) for n in ("recipe", "environment", "result"))
-    (evaluation, results), gpus = card_evaluation(run), [g["name"] for g in env["hardware"]["gpus"]]
+# %% ../nbs/03_training.ipynb #5284a755
+def card_text(recipe: dict, env: dict, result: dict, # the run's records
+              evaluation: str, results: list[dict] # from `card_evaluation`
+             ) -> str:
+    "The model card; names from elsewhere stand in it as text."
+    gpus, head, title = [g["name"] for g in env["hardware"]["gpus"]], card_header(recipe, results), in_markdown(card_title(recipe))
     where = f"{env['processes']} × {gpus[0]}" if gpus else f"{env['hardware']['cores']} CPU cores"
-    head, title = card_header(recipe, results), in_markdown(card_title(recipe))
-    recipe |= {k: in_markdown(recipe[k]) for k in ("model", "data")}
+    recipe = recipe | {k: in_markdown(recipe[k]) for k in ("model", "data")}
     text = CARD.format(**{**recipe, **result}, title=title, floor=" (four equal letters: 1.386)" * (recipe["target"] == "letter"), hardware=where, targets=", ".join(recipe["lora_targets"]),
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
-    return write_whole(run / "README.md", head + "\n" + text)
+    return f"{head}\n{text}"
+
+# %% ../nbs/03_training.ipynb #f43b31e9
+def write_card(run: Path # with recipe.json, environment.json and result.json; perhaps with what `compare` left
+              ) -> Path: # README.md
+    "Write the run's model card; raises `ValueError` if the run's records aren't as train leaves them."
+    recipe, env, result = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result"))
+    try: text = card_text(recipe, env, result, *card_evaluation(run))
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
+    return write_whole(run / "README.md", text)
 
 # %% ../nbs/03_training.ipynb #bee42b58
 def finish_run(model, trainer, result: dict, encoded: Encoded, recipe: Recipe, run: Path, env: dict) -> Path: # the run's README.md

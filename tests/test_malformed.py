@@ -358,6 +358,8 @@ PREDICTIONS = {
     "an id twice": (compared(predictions=[PREDICTION] * 2), ["different questions (1 in one only, first q1)"]),
     "a letter that is none": (compared(predictions=[PREDICTION | dict(prediction="E")]), ["predictions.jsonl: line 1 is not a prediction"]),
     "a list of overlaps that is none": (lambda kit: [*compared()(kit), "--without", put("list.jsonl", "[" * DEEP)], ["--without list.jsonl: line 1"]),
+    "a tuned model's run that is none": (lambda kit: [put(f"run/{n}.json", "{}") for n in ("recipe", "environment", "result")] and ["compare", evaluation("base"), evaluation("tuned", summary=SUMMARY | dict(adapter="run/adapter"))],
+                                         ["run: recipe.json, environment.json or result.json is not as train leaves it"]),
     "a run's recipe cut off": (reported(recipe="{"), ["run/recipe.json: not JSON"]),
     "a run's record of other types": (reported(environment='{"hardware": 5}'), ["run: recipe.json, environment.json or result.json is not as train leaves it"]),
 }
