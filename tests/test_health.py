@@ -31,7 +31,7 @@ class Spoil(TrainerCallback):
     """Spoils what a model computes, or its gradients, in some steps; keeps the rows that it saw there."""
 
     def __init__(self, model, steps, how):
-        self.on, self.steps, self.how, self.seen, self.model = False, set(steps), how, {}, model
+        self.on, self.steps, self.how, self.seen, self.factor = False, set(steps), how, {}, 1e3
         first = next(p for p in model.parameters() if p.requires_grad)
         model.get_base_model().register_forward_pre_hook(self.look, with_kwargs=True)
         if how == "gradient":
@@ -43,7 +43,7 @@ class Spoil(TrainerCallback):
     def spoil(self, module, args, out):
         if self.on and self.how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 MiB is free.")
-        return out * (math.nan if self.how == "loss" else 1e3) if self.on else out
+        return out * (math.nan if self.how == "loss" else self.factor) if self.on else out
 
     def look(self, module, args, kwargs):
         if module.training:
@@ -172,6 +172,17 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match=rf"step \d+: the loss exploded: [\d.e+]+, {EXPLODED:g} times what it began with.*the last checkpoint is checkpoint-6"):
         train(trainer, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_checkpoint_is_put_off_while_a_loss_is_high(tmp_path):
+    """One such step is no explosion yet, but nothing to go on from: the checkpoint of the step before stays the newest until things look better."""
+    trainer, spoiler = made(tmp_path / "run", {7}, "explode", max_steps=8, save_steps=1, save_total_limit=8)
+    spoiler.factor = 20.0
+    train(trainer, tmp_path / "run")
+    losses = [m["loss"] for m in read_lines(tmp_path / "run/metrics.jsonl")]
+    reference = sum(losses[:5]) / 5
+    assert len(losses) == 8 and losses[6] > EXPLODED * reference > losses[7]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3, 4, 5, 6, 8)]
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
