@@ -28,22 +28,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Spoil(TrainerCallback):
-    """Spoils what a model computes, or its gradients, in some steps; keeps the rows that it saw there."""
+    """Spoils what a model computes, or its gradients, in some steps, by a factor that a recorded step reads as well; keeps the rows that the model saw."""
 
     def __init__(self, model, steps, how):
-        self.on, self.steps, self.how, self.seen, self.factor = False, set(steps), how, {}, 1e3
         first = next(p for p in model.parameters() if p.requires_grad)
+        self.on, self.steps, self.how, self.seen, self.scale = False, set(steps), how, {}, torch.ones((), device=first.device)
+        self.factor = {"loss": math.nan, "gradient": math.inf}.get(how, 1e3)
         model.get_base_model().register_forward_pre_hook(self.look, with_kwargs=True)
         if how == "gradient":
-            first.register_hook(lambda g: g * math.inf if self.on else g)
-        elif how in ("loss", "explode", "memory"):
+            first.register_hook(lambda g: g * self.scale)
+        elif how != "none":
             last = [m for n, m in model.named_modules() if n.endswith("norm_f")][0]
             last.register_forward_hook(self.spoil)
 
     def spoil(self, module, args, out):
         if self.on and self.how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 MiB is free.")
-        return out * (math.nan if self.how == "loss" else self.factor) if self.on else out
+        return out * self.scale.to(out.dtype)
 
     def look(self, module, args, kwargs):
         if module.training:
@@ -52,6 +53,7 @@ class Spoil(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step + 1
         self.on = self.step in self.steps
+        self.scale.fill_(self.factor if self.on else 1.0)
 
 
 def made(folder: Path, bad=(), how="none", processes=1, labels=True, **settings):
@@ -262,7 +264,8 @@ def test_recorded_steps_are_judged_without_waiting(tmp_path):
     trainer.guard.judged = watched
     train(trainer, tmp_path / "run")
     assert not trainer.training_step.why and trainer.training_step.recorded
-    assert all(p.isfinite().all() for p in adapter(trainer.model).values())
+    assert [m["step"] for m in read_lines(tmp_path / "run/metrics.jsonl") if "skipped" in m] == [4]
+    assert all(p.isfinite().all() for p in adapter(trainer.model).values()) and {float(s["step"]) for s in trainer.optimizer.optimizer.state.values()} == {7.0}
 
 
 def test_memory_that_runs_out_is_one_line(tmp_path):
