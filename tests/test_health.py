@@ -28,22 +28,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Spoil(TrainerCallback):
-    """Spoils what a model computes, or its gradients, in some steps; keeps the rows that it saw there."""
+    """Spoils what a model computes, or its gradients, in some steps, by a factor that a recorded step reads as well; keeps the rows that the model saw."""
 
     def __init__(self, model, steps, how):
-        self.on, self.steps, self.how, self.seen, self.model = False, set(steps), how, {}, model
         first = next(p for p in model.parameters() if p.requires_grad)
+        self.on, self.steps, self.how, self.seen, self.scale = False, set(steps), how, {}, torch.ones((), device=first.device)
+        self.factor = {"loss": math.nan, "gradient": math.inf}.get(how, 1e3)
         model.get_base_model().register_forward_pre_hook(self.look, with_kwargs=True)
         if how == "gradient":
-            first.register_hook(lambda g: g * math.inf if self.on else g)
-        elif how in ("loss", "explode", "memory"):
+            first.register_hook(lambda g: g * self.scale)
+        elif how != "none":
             last = [m for n, m in model.named_modules() if n.endswith("norm_f")][0]
             last.register_forward_hook(self.spoil)
 
     def spoil(self, module, args, out):
         if self.on and self.how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 MiB is free.")
-        return out * (math.nan if self.how == "loss" else 1e3) if self.on else out
+        return out * self.scale.to(out.dtype)
 
     def look(self, module, args, kwargs):
         if module.training:
@@ -52,6 +53,7 @@ class Spoil(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step + 1
         self.on = self.step in self.steps
+        self.scale.fill_(self.factor if self.on else 1.0)
 
 
 def made(folder: Path, bad=(), how="none", processes=1, labels=True, **settings):
@@ -174,6 +176,17 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_a_checkpoint_is_put_off_while_a_loss_is_high(tmp_path):
+    """One such step is no explosion yet, but nothing to go on from: the checkpoint of the step before stays the newest until things look better."""
+    trainer, spoiler = made(tmp_path / "run", {7}, "explode", max_steps=8, save_steps=1, save_total_limit=8)
+    spoiler.factor = 20.0
+    train(trainer, tmp_path / "run")
+    losses = [m["loss"] for m in read_lines(tmp_path / "run/metrics.jsonl")]
+    reference = sum(losses[:5]) / 5
+    assert len(losses) == 8 and losses[6] > EXPLODED * reference > losses[7]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3, 4, 5, 6, 8)]
+
+
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_masked_targets_stop_the_run(tmp_path, packing):
     trainer, spoiler = made(tmp_path / "run", labels=False, packing=packing)
@@ -251,7 +264,8 @@ def test_recorded_steps_are_judged_without_waiting(tmp_path):
     trainer.guard.judged = watched
     train(trainer, tmp_path / "run")
     assert not trainer.training_step.why and trainer.training_step.recorded
-    assert all(p.isfinite().all() for p in adapter(trainer.model).values())
+    assert [m["step"] for m in read_lines(tmp_path / "run/metrics.jsonl") if "skipped" in m] == [4]
+    assert all(p.isfinite().all() for p in adapter(trainer.model).values()) and {float(s["step"]) for s in trainer.optimizer.optimizer.state.values()} == {7.0}
 
 
 def test_memory_that_runs_out_is_one_line(tmp_path):
