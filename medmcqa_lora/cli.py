@@ -158,7 +158,7 @@ def evaluate(out: Annotated[Path, typer.Option("--out", help="The output folder.
     if {*asked} - {"letters"}: say(f"all views    {out}/views.md, {out}/views.png; " + ", ".join(f"{out}/{v if v == 'options' else 'generations'}.jsonl" for v in asked if v != "letters"))
     if orders: say(f"orders       {out}/orders.jsonl")
 
-# %% ../nbs/06_cli.ipynb #8756debd
+# %% ../nbs/06_cli.ipynb #29222605
 @app.command()
 def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the base model.")], tuned_dir: Annotated[Path, typer.Argument(help="One of the tuned model.")],
             format_reference: Annotated[list[Path], typer.Option("--format-reference", help="Another evaluation of the base model, such as a few-shot one; repeatable.")] = [],
@@ -169,14 +169,15 @@ def compare(base_dir: Annotated[Path, typer.Argument(help="An evaluation of the 
     from medmcqa_lora.gain import write_gain
     from medmcqa_lora.launch import check_folder
     if out: check_folder(out, resume=False)
-    parts = overlap.score_without(base_dir, tuned_dir, without, out) if without else ""
-    turned = orders.write_orders(base_dir, tuned_dir)  # refuses broken lines before anything is written
+    parts = overlap.score_without(base_dir, tuned_dir, without) if without else ""
+    turned = orders.write_orders(base_dir, tuned_dir)  # both refuse what is broken before anything is written
     text = "\n".join(filter(None, [write_gain(base_dir, tuned_dir, out, tuple(format_reference)), turned, parts]))
     say(text)
     run, why = card.card_run(tuned_dir)
     if run: why = card.write_run_card(run, base_dir, tuned_dir, text, parts.rstrip().split("\n")[-1])
     if why: say(f"model card  {why}")
     if out: orders.write_orders(base_dir, tuned_dir, out)
+    if out and without: overlap.score_without(base_dir, tuned_dir, without, out)
     if out: say(f"comparison  {out}/comparison.md, {out}/comparison.json\nby subject  {out}/by_subject.csv\nfigures     {out}/figures")
 
 # %% ../nbs/06_cli.ipynb #77f48cc1

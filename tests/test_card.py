@@ -129,6 +129,15 @@ def test_leakage_is_told_where_it_is_known(run, pair, cli, tmp_path):
     assert "Leakage: Training rows that overlap with the evaluation rows, left out: 3 exact" in (run / "README.md").read_text()
 
 
+def test_nothing_is_written_where_a_comparison_is_refused(pair, cli, tmp_path):
+    """The list and the orders are fine, the reference isn't."""
+    (tmp_path / "overlaps.jsonl").write_text(json.dumps(dict(id="q3", kind="exact")) + "\n")
+    for folder in pair:
+        orders(folder, lambda q: 0)
+    check_one_line(cli("compare", *pair, "--without", tmp_path / "overlaps.jsonl", "--format-reference", tmp_path / "none", "--out", tmp_path / "out"), "no summary.json")
+    assert not (tmp_path / "out").exists()
+
+
 def orders(folder, choose, k=4, questions=QUESTIONS[:40]):
     """What evaluate --orders leaves of a model that chooses so."""
     (folder / "orders.jsonl").unlink(missing_ok=True)
