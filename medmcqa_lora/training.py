@@ -371,7 +371,7 @@ def card_evaluation(run: Path # a run's folder
     "What `compare` left in a run's folder about the adapter that lies there."
     text, file = run / "comparison.md", run / "evaluated.json"
     if not text.is_file(): return NOT_EVALUATED, []
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told = read_object(file, "compare again") if file.is_file() else {}
     if told.get("adapter_sha256") not in (None, adapter_digest(run / "adapter")): return OTHER_ADAPTER, []
     return f"{text.read_text(encoding='utf-8')}{told.get('limits', '')}".rstrip(), told.get("results", [])
 
