@@ -172,9 +172,9 @@ def test_a_long_answer_is_read_in_time(n, piece):
     """No pattern may take quadratic time or more to see that a text says nothing."""
     import time
 
-    began = time.perf_counter()
+    began = time.process_time()
     parse_letter(piece * n, ("a", "b", "c", "d"))
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 # what is shown
