@@ -1278,6 +1278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'medmcqa_lora.untrusted.csv_text': ('untrusted.html#csv_text', 'medmcqa_lora/untrusted.py'),
                                         'medmcqa_lora.untrusted.file_beside': ('untrusted.html#file_beside', 'medmcqa_lora/untrusted.py'),
                                         'medmcqa_lora.untrusted.in_markdown': ('untrusted.html#in_markdown', 'medmcqa_lora/untrusted.py'),
+                                        'medmcqa_lora.untrusted.is_text': ('untrusted.html#is_text', 'medmcqa_lora/untrusted.py'),
                                         'medmcqa_lora.untrusted.label': ('untrusted.html#label', 'medmcqa_lora/untrusted.py'),
                                         'medmcqa_lora.untrusted.literal': ('untrusted.html#literal', 'medmcqa_lora/untrusted.py'),
                                         'medmcqa_lora.untrusted.no_number': ('untrusted.html#no_number', 'medmcqa_lora/untrusted.py'),

@@ -12,7 +12,7 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
            'comparison_table', 'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #fbaaa7d6
+# %% ../nbs/04_evaluation.ipynb #ad315a75
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from .recipe import Recipe
-from .untrusted import csv_text, label as shown_label, read_object
+from .untrusted import csv_text, is_text, label as shown_label, read_object
 from .data import LETTERS, MOST_DRAWN, Question, fingerprint, render_prompt, render_target
 from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .progress import Work
@@ -433,7 +433,7 @@ def paired_interval(gained: int, lost: int, # questions that changed, for better
 # %% ../nbs/04_evaluation.ipynb #c780eee2
 SUMMARY_KEYS = dict(n=int, accuracy=float, ci95=list, majority_baseline=float, letter_mass=float, by_subject=dict, data_sha256=str)
 
-# %% ../nbs/04_evaluation.ipynb #6f9799eb
+# %% ../nbs/04_evaluation.ipynb #e3c96f67
 def whole_share(s) -> bool:
     "Whether an object is an accuracy with its interval: n, accuracy, ci95."
     if not isinstance(s, dict) or type(s.get("n")) is not int or s["n"] < 1 or not isinstance(ends := s.get("ci95"), list) or len(ends) != 2: return False
@@ -443,15 +443,15 @@ def lacking_in(summary: dict) -> list[str]: # keys; empty: a comparison can read
     "What is missing in a summary, or of another kind."
     bad = [k for k, kind in SUMMARY_KEYS.items() if not isinstance(summary.get(k), kind)] + ["accuracy"] * (not whole_share(summary))
     subjects = summary.get("by_subject")
-    bad += [f"by_subject of {s}" for s, v in subjects.items() if not whole_share(v)] if isinstance(subjects, dict) else []
+    bad += [f"by_subject of {s}" for s, v in subjects.items() if not (is_text(s) and whole_share(v))] if isinstance(subjects, dict) else []
     options, generation = (summary.get(k) for k in ("options", "generation"))
     bad += ["options"] * (options is not None and not (whole_share(options) and "ties" in options and whole_share(dict(n=1, accuracy=options.get("accuracy_sum"), ci95=options.get("ci95_sum")))))
     return bad + ["generation"] * (generation is not None and not (whole_share(generation) and isinstance(generation.get("unparseable"), (int, float))))
 
-# %% ../nbs/04_evaluation.ipynb #c3ca64db
+# %% ../nbs/04_evaluation.ipynb #f5267753
 def whole_prediction(p) -> bool: # whether a line of predictions.jsonl has what a comparison needs
     "Whether an object is one question's result."
-    return (isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("id", "subject", "answer", "prediction"))
+    return (isinstance(p, dict) and all(is_text(p.get(k)) for k in ("id", "subject", "answer", "prediction"))
             and {p["answer"], p["prediction"]} <= set(LETTERS) and isinstance(p.get("correct"), bool))
 
 # %% ../nbs/04_evaluation.ipynb #935cfca9

@@ -355,6 +355,8 @@ PREDICTIONS = {
     "a view of another kind": (compared(summary=SUMMARY | dict(generation=5)), ["summary.json: generation"]),
     "a line nested too deeply": (compared(predictions=json.dumps(PREDICTION) + "\n" + "[" * DEEP + "\n"), ["predictions.jsonl: line 2 is not JSON"]),
     "predictions in Latin-1": (compared(predictions=b'{"id": "\xe9"}\n'), ["predictions.jsonl: line 1 is not JSON"]),
+    "half a surrogate pair": (compared(predictions=[PREDICTION, PREDICTION | dict(id="q1", subject="\ud800")]), ["predictions.jsonl: line 2 is not a prediction"]),  # found by a property test
+    "half a surrogate pair in a summary": (compared(summary=SUMMARY | dict(by_subject={"\ud800": SUBJECT})), ["summary.json: by_subject of"]),
     "an id twice": (compared(predictions=[PREDICTION] * 2), ["different questions (1 in one only, first q1)"]),
     "a letter that is none": (compared(predictions=[PREDICTION | dict(prediction="E")]), ["predictions.jsonl: line 1 is not a prediction"]),
     "a list of overlaps that is none": (lambda kit: [*compared()(kit), "--without", put("list.jsonl", "[" * DEEP)], ["--without list.jsonl: line 1"]),

@@ -1,5 +1,6 @@
 """No code from data: what could run code is never called, and hostile files of every kind are read as data."""
 import ast
+import functools
 import json
 import os
 import pickle
@@ -14,25 +15,40 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SOURCES = {f"medmcqa_lora/{p.name}": p.read_text() for p in sorted((ROOT / "medmcqa_lora").glob("*.py"))} | {
-    f"nbs/runs/{p.name}": "\n".join("".join(c["source"]) for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "code") for p in sorted((ROOT / "nbs/runs").glob("*.ipynb"))}
-CALLS = [(name, ast.unparse(n.func), {k.arg: k.value for k in n.keywords}, ast.unparse(n)) for name, text in SOURCES.items() for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """What runs: the package, and the code of the run notebooks."""
+    books = {p.name: json.loads(p.read_text())["cells"] for p in sorted((ROOT / "nbs/runs").glob("*.ipynb"))}
+    code = {name: "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code") for name, cells in books.items()}
+    return {p.name: p.read_text() for p in sorted((ROOT / "medmcqa_lora").glob("*.py"))} | code
+
+
+@functools.cache
+def nodes() -> list[ast.AST]:
+    return [n for text in sources().values() for n in ast.walk(ast.parse(text))]
+
+
+@functools.cache
+def calls() -> list[tuple[str, dict, str]]:
+    """Each call in it: of what, keywords, as written."""
+    return [(ast.unparse(n.func), {k.arg: k.value for k in n.keywords}, ast.unparse(n)) for n in nodes() if isinstance(n, ast.Call)]
 
 
 def test_something_is_searched():
-    assert len(SOURCES) > 30 and len(CALLS) > 3000
+    assert len(sources()) > 30 and len(calls()) > 3000
 
 
 def test_no_pickle_is_imported():
-    imported = {a.name.split(".")[0] for text in SOURCES.values() for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module.split(".")[0] for text in SOURCES.values() for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    imported = {a.name.split(".")[0] for n in nodes() if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module.split(".")[0] for n in nodes() if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     assert not imported & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 
 
 def test_nothing_is_called_that_runs_code_from_data():
     """torch.load only with weights_only=True; no pickled arrays or tables; no eval, exec or shell."""
     names = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "pd.eval", "runpy.run_path"}
-    found = [call for _, func, kw, call in CALLS if func in names or "allow_pickle" in kw or func.endswith(".to_pickle")
+    found = [call for func, kw, call in calls() if func in names or "allow_pickle" in kw or func.endswith(".to_pickle")
              or (func.startswith("subprocess.") and "shell" in kw)
              or (func in ("torch.load", "torch.hub.load", "torch.jit.load", "torch_load") and ast.unparse(kw.get("weights_only", ast.Constant(None))) != "True")
              or (func.endswith("import_module") and not re.search(r"import_module\(('[\w.]+'|type\(self\).__module__)\)", call))]
@@ -41,18 +57,18 @@ def test_nothing_is_called_that_runs_code_from_data():
 
 def test_remote_code_is_never_trusted():
     """And never asked about: without the argument, transformers asks on the terminal."""
-    assert {ast.unparse(kw["trust_remote_code"]) for _, _, kw, _ in CALLS if "trust_remote_code" in kw} == {"False"}
-    auto = [(call, kw) for _, func, kw, call in CALLS if re.search(r"\bAuto\w+\.from_(pretrained|config)$", func)]
+    assert {ast.unparse(kw["trust_remote_code"]) for _, kw, _ in calls() if "trust_remote_code" in kw} == {"False"}
+    auto = [(call, kw) for func, kw, call in calls() if re.search(r"\bAuto\w+\.from_(pretrained|config)$", func)]
     assert len(auto) >= 6
     assert [call for call, kw in auto if "trust_remote_code" not in kw and "**where" not in call] == []
-    assert "gguf_file=gguf.name, trust_remote_code=False" in SOURCES["medmcqa_lora/model.py"]  # **where
+    assert "gguf_file=gguf.name, trust_remote_code=False" in sources()["model.py"]  # **where
 
 
 def test_the_trainers_arguments_are_never_read():
     """transformers pickles them beside every checkpoint, as training_args.bin; neither it nor this package loads them."""
     from transformers import trainer
 
-    assert not any("training_args" in call and "load" in call for *_, call in CALLS)
+    assert not any("training_args" in call and "load" in call for *_, call in calls())
     assert all("TRAINING_ARGS_NAME" not in line for line in Path(trainer.__file__).read_text().splitlines() if "load(" in line)
 
 

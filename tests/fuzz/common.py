@@ -1,20 +1,15 @@
 """What both fuzzers share: a file in memory, and what an answer must be."""
-import atexit
-import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-MEMORY = Path("/dev/shm")  # a file system in memory, where there is one: a file a run
 
 
 def scratch() -> Path:
-    place = Path(tempfile.mkdtemp(prefix="medmcqa-fuzz-", dir=MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    return place
+    """A folder for a file a run; libFuzzer ends without cleaning up, so run.py gives a TMPDIR that it removes."""
+    return Path(tempfile.mkdtemp(prefix="medmcqa-fuzz-"))
 
 
 def check_message(e: ValueError, *names: str):

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+MEMORY = "/dev/shm"  # a file system in memory, where there is one
 sys.path.insert(0, str(ROOT))
 
 from medmcqa_lora.data import TEXTS  # noqa: E402
@@ -39,8 +41,9 @@ def main(seconds: int) -> int:
             (place / file).write_bytes(content)
         (place.parent / f"{name}.dict").write_text("".join(f'"{w}"\n' for w in words[name]))
         print(f"{name}: {seconds} s; cases are kept in {place}", flush=True)
-        codes.append(subprocess.run([sys.executable, str(HERE / f"fuzz_{name}.py"), f"-max_total_time={seconds}", f"-dict={place.parent}/{name}.dict", f"-artifact_prefix={place.parent}/{name}-",
-                                     "-verbosity=0", "-print_final_stats=1", str(place)]).returncode)
+        with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as scratch:
+            codes.append(subprocess.run([sys.executable, str(HERE / f"fuzz_{name}.py"), f"-max_total_time={seconds}", f"-dict={place.parent}/{name}.dict", f"-artifact_prefix={place.parent}/{name}-",
+                                         "-verbosity=0", "-print_final_stats=1", str(place)], env=os.environ | {"TMPDIR": scratch}).returncode)
     return int(any(codes))
 
 
