@@ -57,7 +57,7 @@ HERE = Path(__file__).resolve()
 
 
 class Ends(TrainerCallback):
-    """When steps ended, on the GPU's own line of work, and the memory counter begun anew after the warm-up."""
+    """When steps ended, on the GPU's own line of work."""
 
     def __init__(self, warmup: int):
         self.warmup, self.ends = warmup, []
@@ -65,8 +65,6 @@ class Ends(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step < self.warmup:
             return
-        if state.global_step == self.warmup and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         self.ends.append(mark())
 
     @property

@@ -94,13 +94,13 @@ def last_output(notebook: Path # executed, as far as it got
     lines = [line for t in text for line in t.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1].strip()[-200:] if lines else ""
 
-# %% ../nbs/04h_guard.ipynb #d9df2d19
+# %% ../nbs/04h_guard.ipynb #01af06bb
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those that torch's launcher passes on
 
 class Ending:
     "The end of a worker, and of its kernel, when somebody wants it."
     def __init__(self, patience: float # seconds that the kernel gets
-                ): self.patience, self.asked, self.manager = patience, False, None
+                ): self.patience, self.asked, self.failed, self.manager = patience, False, False, None
 
     def kernel(self) -> subprocess.Popen | None: # none: not started, or gone
         "The kernel's process."
@@ -120,11 +120,15 @@ class Ending:
         if process := self.kernel():
             with suppress(OSError): os.killpg(process.pid, signal.SIGKILL)  # a kernel leads a session
 
+    def fail(self, **_) -> None: # after a cell that raised
+        "Take no leave of the kernel: others wait to hear of the failure."
+        self.failed = True
+
     def check(self, **_) -> None: # before a cell
         "Raises `KeyboardInterrupt` if the worker is to end."
         if self.asked: raise KeyboardInterrupt
 
-# %% ../nbs/04h_guard.ipynb #af249191
+# %% ../nbs/04h_guard.ipynb #7ef74e76
 def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
     "A class of kernel managers whose kernel `ending` can end."
     from jupyter_client import AsyncKernelManager
@@ -133,7 +137,7 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
             super().__init__(*args, **kwargs)
             ending.manager = self
 
-        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked, restart=restart)
+        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked or ending.failed, restart=restart)
     return Managed
 
 # %% ../nbs/04h_guard.ipynb #4d1ab96b

@@ -153,7 +153,7 @@ def keep_earlier(target: Path # such as train.ipynb
     "Rename an executed notebook that is in the way, to train.1.ipynb or the next free number."
     if target.exists(): target.rename(next(p for n in range(1, 10**6) if not (p := target.with_suffix(f".{n}.ipynb")).exists()))
 
-# %% ../nbs/05_launch.ipynb #0a02b87a
+# %% ../nbs/05_launch.ipynb #9743652f
 def execute(job: dict, # as `run_notebook` writes it
             target: Path, # the executed notebook
             sockets: str, # a path of this process alone
@@ -163,9 +163,10 @@ def execute(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
+    hooks = dict(on_cell_start=ending.check) | (dict(on_cell_error=ending.fail) if job["parameters"]["world_size"] > 1 else {})
     streams = dict(stdout_file=Steady(sys.stdout), stderr_file=Steady(sys.stderr)) if shown else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
-                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), on_cell_start=ending.check, **streams)
+                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), **hooks, **streams)
     except papermill.PapermillExecutionError as e: return failure_kind(e.ename, e.evalue, job["parameters"]["world_size"]), failure_text(e.ename, e.evalue, e.exec_count, target)
     except DeadKernelError: return "raised", dead_kernel((p := ending.kernel()) and p.poll(), target)
     except KeyboardInterrupt: return "ended", "was told to end"

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LOGITS', 'SCALES', 'GRAPHS', 'supervised', 'RowCollator', 'HeadLoss', 'whole', 'can_use_head_loss',
-           'use_head_loss', 'shape_of', 'Gradients', 'Recording', 'Tally', 'Recorder', 'sum_up', 'Step', 'use_step']
+           'use_head_loss', 'shape_of', 'Gradients', 'Recording', 'Tally', 'Recorder', 'sum_up', 'aside', 'wrap_aside',
+           'Step', 'use_step']
 
-# %% ../nbs/02f_step.ipynb #a21bc71f
+# %% ../nbs/02f_step.ipynb #c58cd651
 import gc, inspect
+from contextlib import contextmanager
 from types import MethodType
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,15 +128,16 @@ class Gradients:
         self.buffer.zero_()
         for p, v in self.views: p.grad = v
 
-# %% ../nbs/02f_step.ipynb #19c38677
+# %% ../nbs/02f_step.ipynb #05819383
 class Recording:
     "A row's step as a CUDA graph, with its own inputs and loss."
     def __init__(self, run, # function of a batch: forward and backward, returns the loss
                  batch: dict, # a row of the shape
-                 pool): # memory that recordings share
+                 pool, # memory that recordings share
+                 stream=None): # a `torch.cuda.Stream` to record on; none: one of its own
         self.inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
         gc.collect(); torch.cuda.empty_cache()  # what steps held that were not recorded
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool): self.loss = run(self.inputs)
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool, stream=stream, capture_error_mode="thread_local"): self.loss = run(self.inputs)  # other threads, such as NCCL's, may ask the GPU what they like
         self.graph = graph
 
     def __call__(self, batch: dict) -> Tensor: # the loss, ()
@@ -161,24 +164,26 @@ class Tally:
         self.sums.zero_()  # in place: recordings add to it
         return dict(num_tokens=tokens, entropy=entropy / max(positions, 1), mean_token_accuracy=right / max(positions, 1))
 
-# %% ../nbs/02f_step.ipynb #444d863e
+# %% ../nbs/02f_step.ipynb #299bbf32
 GRAPHS = 32  # recordings kept at most
 
 class Recorder:
     "Runs rows by recordings of their shapes."
     def __init__(self, record: bool): # else every row runs as PyTorch runs it
         self.recorded, self.why, self.warm, self.gradients = {}, "" if record else "not asked for", False, None
-        self.pool = torch.cuda.graph_pool_handle() if record else None
+        self.pool, self.stream = torch.cuda.graph_pool_handle() if record else None, None
 
     def recording(self, model: nn.Module, batch: dict): # a function of such a batch that returns its loss
         "A shape's recording; where it can't be made, the step as PyTorch runs it."
-        try: return Recording(lambda b: self.run(model, b), batch, self.pool)
+        def plain(b): return self.run(model, b)
+        try: return Recording(plain, batch, self.pool, self.stream)
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError): raise
             said = f"can't be recorded: {' '.join(str(e).split())[:160]}"
             print(f"step: {said}", flush=True)
             if not self.recorded: self.why = said  # nor will any other
-            return lambda b: self.run(model, b)
+        gc.collect(); torch.cuda.empty_cache()  # what the attempt held
+        return plain
 
     def hold(self, model: nn.Module) -> None:
         "Have the model's gradients written to fixed addresses."
@@ -202,7 +207,25 @@ def sum_up(gradients: Gradients, processes: int) -> None:
     dist.all_reduce(gradients.buffer)
     gradients.buffer.div_(processes)
 
-# %% ../nbs/02f_step.ipynb #a4811f92
+# %% ../nbs/02f_step.ipynb #ce99fce1
+@contextmanager
+def aside(stream): # a `torch.cuda.Stream`; none: stay
+    "Let the GPU work on a stream what a block starts, after all that was started before and before all that follows."
+    if stream is None: yield; return
+    stream.wait_stream(usual := torch.cuda.current_stream())
+    with torch.cuda.stream(stream): yield
+    usual.wait_stream(stream)
+
+def wrap_aside(accelerator, # an `accelerate.Accelerator`; changed in place
+               stream # a `torch.cuda.Stream`
+              ) -> None:
+    "Have models wrapped for several processes on a stream."
+    prepare = accelerator.prepare_model
+    def wrap(*args, **kwargs):
+        with aside(stream): return prepare(*args, **kwargs)
+    accelerator.prepare_model = wrap
+
+# %% ../nbs/02f_step.ipynb #6f946d23
 class Step(Recorder):
     "A trainer's `training_step` for packed rows; on GPUs it is recorded, unless weights are shared."
     def __init__(self, trainer, # a `trl.SFTTrainer` around a model with `use_head_loss`
@@ -210,6 +233,7 @@ class Step(Recorder):
         super().__init__(record)
         self.trainer, self.tally = trainer, Tally()
         self.apart = trainer.accelerator.num_processes > 1 and not trainer.args.fsdp_plugin_args  # a copy of the model in each process
+        if record and self.apart: self.stream = torch.cuda.Stream()  # for recording, and for DDP to be made on
 
     def run(self, model: nn.Module, batch: dict) -> Tensor: # the loss, ()
         "Forward and backward of one row."
@@ -231,12 +255,13 @@ class Step(Recorder):
         items = (batch["targets"] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         batch = batch | dict(num_items_in_batch=torch.as_tensor(items, dtype=torch.float32, device=batch["input_ids"].device).clamp(min=1))
         if not self.apart: return self.run(model, batch) if self.why else self.record(model, batch)
-        self.hold(own := model.module)
-        loss = self.run(own, batch) if self.why else self.record(own, batch)
-        if self.trainer.accelerator.sync_gradients: sum_up(self.gradients, self.trainer.accelerator.num_processes)
+        with aside(self.stream):
+            self.hold(own := model.module)
+            loss = self.run(own, batch) if self.why else self.record(own, batch)
+            if self.trainer.accelerator.sync_gradients: sum_up(self.gradients, self.trainer.accelerator.num_processes)
         return loss
 
-# %% ../nbs/02f_step.ipynb #082a9269
+# %% ../nbs/02f_step.ipynb #0e496d36
 def use_step(trainer, # a `trl.SFTTrainer` whose model has `use_head_loss`; changed in place
              record: bool # as a CUDA graph
             ) -> Step: # also at trainer.training_step
@@ -245,5 +270,6 @@ def use_step(trainer, # a `trl.SFTTrainer` whose model has `use_head_loss`; chan
     def with_step(logs, start_time=None):
         if "loss" in logs: trainer._metrics["train"] |= {k: [v] for k, v in step.tally.take(trainer.accelerator).items()}
         return log(logs, start_time)
+    if step.stream: wrap_aside(trainer.accelerator, step.stream)
     trainer.training_step, trainer.log = step, with_step
     return step

@@ -151,4 +151,5 @@ def test_a_block_on_a_gpu_beside_pytorchs_formulas():
         fast = gradients()
         with patch.object(float8, "has_float8", lambda device: False):
             slow = gradients()
-    assert (fast - slow).norm() < 0.5 * (slow - wide).norm()  # the same numbers, added in another order
+    assert (fast - wide).norm() < 1.1 * (slow - wide).norm()  # no further from 16 bits than PyTorch's formulas are
+    assert (fast - slow).norm() < (slow - wide).norm()  # and in the same direction: two roundings of their own would be 1.4 times that apart

@@ -224,7 +224,7 @@ def replaying(trainer, monkeypatch):
     class Replay(step_module.Recording):
         """For a graph: what it was recorded with is run again, on the same inputs and for the same loss."""
 
-        def __init__(self, run, batch, pool):
+        def __init__(self, run, batch, pool, stream=None):
             made.append(shape_of(batch))
             self.run, self.graph, self.loss = run, self, torch.full((), math.nan, device=DEVICE)
             self.inputs = {k: torch.zeros_like(v) if torch.is_tensor(v) else v for k, v in batch.items()}  # zeros: what is not copied in shows
