@@ -154,10 +154,11 @@ def end_with_parent(parent: int, # the parent's process id, from the parent: it 
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/04h_guard.ipynb #7178eab8
+# %% ../nbs/04h_guard.ipynb #4d7e0133
 @contextmanager
 def last_resort(seconds: float, # from a signal on
-                say # called for a line of text, then
+                say, # called for a line of text, then
+                heard=lambda: None # called when the signal comes
                ):
     "End this process if it is still inside the block some time after a signal."
     if threading.current_thread() is not threading.main_thread(): yield; return
@@ -166,6 +167,7 @@ def last_resort(seconds: float, # from a signal on
     before, over = signal.set_wakeup_fd(write, warn_on_full_buffer=False), threading.Event()
     def watch():
         while (number := os.read(read, 1)) and number[0] not in ENDINGS: pass
+        if number: heard()
         if not number or over.wait(seconds): return
         Steady(sys.stderr).write(f"medmcqa-lora: {say()}\n")
         os._exit(130)

@@ -172,13 +172,16 @@ def execute(job: dict, # as `run_notebook` writes it
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #51f1af00
+# %% ../nbs/05_launch.ipynb #a07da3dd
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
-    ending = Ending(job["patience"])
-    for s in ENDINGS: signal.signal(s, ending)
+    ending = Ending(1)
+    def told(*_):
+        if Path(job_file).with_name("asked").exists(): ending.patience = job["patience"]  # by a person or a scheduler; else another process has failed
+        ending()
+    for s in ENDINGS: signal.signal(s, told)
     end_with_parent(job["launcher"], lambda: (ending(), ending()), 4)  # twice is at once
     keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
@@ -264,7 +267,7 @@ def how_to_go_on(logs: Path, # the launcher's folder with its workers' reports
     step = next((t["text"].split(";")[0] for t in told if t["kind"] == "stopped"), "what was written stays there")
     return f"interrupted ({name}): {folder}: {step}; go on with the same command and --resume --out {folder}"
 
-# %% ../nbs/05_launch.ipynb #f5de7354
+# %% ../nbs/05_launch.ipynb #f1d51dd2
 def start(config, # from `_launch_config`
           logs: str, folder: Path, # the launcher's, and the run's
           patience: float, # seconds that workers get to end
@@ -275,7 +278,7 @@ def start(config, # from `_launch_config`
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
-    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted"):
+    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted", Path(logs, "asked").touch):
         try: elastic_launch(config, sys.executable)("-c", "import sys; from medmcqa_lora.launch import worker; worker(sys.argv[1])", f"{logs}/job.json")
         except ChildFailedError as e:
             if watch: watch.failed = True
