@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'WATCH', 'ENDINGS', 'marked', 'sweep', 'guarded', 'wait_until_free', 'Steady', 'keep_notebooks_whole',
            'last_output', 'Ending', 'kernel_managers', 'end_with_parent', 'last_resort']
 
-# %% ../nbs/04h_guard.ipynb #8fd0bdf0
+# %% ../nbs/04h_guard.ipynb #55a43510
 import json, os, signal, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,7 +76,7 @@ class Steady:
     def write(self, text: str) -> None: self._try(self.stream.write, text)
     def flush(self) -> None: self._try(self.stream.flush)
 
-# %% ../nbs/04h_guard.ipynb #146200c7
+# %% ../nbs/04h_guard.ipynb #ee93452c
 def keep_notebooks_whole(): # papermill's new way to files; its `refused` says why the last notebook could not be written, or ""
     "Have papermill write notebooks under a temporary name first."
     from papermill.iorw import LocalHandler, papermill_io
@@ -98,13 +98,13 @@ def last_output(notebook: Path # executed, as far as it got
     lines = [line for t in text for line in t.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1].strip()[-200:] if lines else ""
 
-# %% ../nbs/04h_guard.ipynb #d9df2d19
+# %% ../nbs/04h_guard.ipynb #01af06bb
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those that torch's launcher passes on
 
 class Ending:
     "The end of a worker, and of its kernel, when somebody wants it."
     def __init__(self, patience: float # seconds that the kernel gets
-                ): self.patience, self.asked, self.manager = patience, False, None
+                ): self.patience, self.asked, self.failed, self.manager = patience, False, False, None
 
     def kernel(self) -> subprocess.Popen | None: # none: not started, or gone
         "The kernel's process."
@@ -124,11 +124,15 @@ class Ending:
         if process := self.kernel():
             with suppress(OSError): os.killpg(process.pid, signal.SIGKILL)  # a kernel leads a session
 
+    def fail(self, **_) -> None: # after a cell that raised
+        "Take no leave of the kernel: others wait to hear of the failure."
+        self.failed = True
+
     def check(self, **_) -> None: # before a cell
         "Raises `KeyboardInterrupt` if the worker is to end."
         if self.asked: raise KeyboardInterrupt
 
-# %% ../nbs/04h_guard.ipynb #af249191
+# %% ../nbs/04h_guard.ipynb #7ef74e76
 def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
     "A class of kernel managers whose kernel `ending` can end."
     from jupyter_client import AsyncKernelManager
@@ -137,7 +141,7 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
             super().__init__(*args, **kwargs)
             ending.manager = self
 
-        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked, restart=restart)
+        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked or ending.failed, restart=restart)
     return Managed
 
 # %% ../nbs/04h_guard.ipynb #4d1ab96b
@@ -154,10 +158,11 @@ def end_with_parent(parent: int, # the parent's process id, from the parent: it 
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/04h_guard.ipynb #7178eab8
+# %% ../nbs/04h_guard.ipynb #4d7e0133
 @contextmanager
 def last_resort(seconds: float, # from a signal on
-                say # called for a line of text, then
+                say, # called for a line of text, then
+                heard=lambda: None # called when the signal comes
                ):
     "End this process if it is still inside the block some time after a signal."
     if threading.current_thread() is not threading.main_thread(): yield; return
@@ -166,6 +171,7 @@ def last_resort(seconds: float, # from a signal on
     before, over = signal.set_wakeup_fd(write, warn_on_full_buffer=False), threading.Event()
     def watch():
         while (number := os.read(read, 1)) and number[0] not in ENDINGS: pass
+        if number: heard()
         if not number or over.wait(seconds): return
         Steady(sys.stderr).write(f"medmcqa-lora: {say()}\n")
         os._exit(130)

@@ -129,7 +129,7 @@ def failure_kind(ename: str, evalue: str, # of the exception
     foreign = ename.startswith("Dist") or ename in ("RuntimeError", "TimeoutError", "ConnectionError") and WAITED.search(evalue)
     return "waited" if processes > 1 and foreign else "raised"
 
-# %% ../nbs/05_launch.ipynb #e1c62b5a
+# %% ../nbs/05_launch.ipynb #2b47041d
 USER_ERRORS = ("ValueError", "RecipeError", "DiskError", "Stopped")
 
 def failure_text(ename: str, evalue: str, cell: int | None, notebook: Path) -> str: # one line
@@ -153,7 +153,7 @@ def keep_earlier(target: Path # such as train.ipynb
     "Rename an executed notebook that is in the way, to train.1.ipynb or the next free number."
     if target.exists(): target.rename(next(p for n in range(1, 10**6) if not (p := target.with_suffix(f".{n}.ipynb")).exists()))
 
-# %% ../nbs/05_launch.ipynb #0a02b87a
+# %% ../nbs/05_launch.ipynb #9743652f
 def execute(job: dict, # as `run_notebook` writes it
             target: Path, # the executed notebook
             sockets: str, # a path of this process alone
@@ -163,21 +163,25 @@ def execute(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
+    hooks = dict(on_cell_start=ending.check) | (dict(on_cell_error=ending.fail) if job["parameters"]["world_size"] > 1 else {})
     streams = dict(stdout_file=Steady(sys.stdout), stderr_file=Steady(sys.stderr)) if shown else {}
     try: papermill.execute_notebook(job["notebook"], target, parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
-                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), on_cell_start=ending.check, **streams)
+                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), **hooks, **streams)
     except papermill.PapermillExecutionError as e: return failure_kind(e.ename, e.evalue, job["parameters"]["world_size"]), failure_text(e.ename, e.evalue, e.exec_count, target)
     except DeadKernelError: return "raised", dead_kernel((p := ending.kernel()) and p.poll(), target)
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #a6408c60
+# %% ../nbs/05_launch.ipynb #890783ae
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
-    ending = Ending(job["patience"])
-    for s in ENDINGS: signal.signal(s, ending)
+    ending = Ending(1)
+    def told(*_):
+        if Path(job_file).with_name("asked").exists(): ending.patience = job["patience"]  # by a person or a scheduler; else another process has failed
+        ending()
+    for s in ENDINGS: signal.signal(s, told)
     end_with_parent(job["launcher"], lambda: (ending(), ending()), 4)  # twice is at once
     whole = keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
@@ -266,7 +270,7 @@ def how_to_go_on(logs: Path, # the launcher's folder with its workers' reports
     step = next((t["text"].split(";")[0] for t in told if t["kind"] == "stopped"), "what was written stays there")
     return f"interrupted ({name}): {folder}: {step}; go on with the same command and --resume --out {folder}"
 
-# %% ../nbs/05_launch.ipynb #f5de7354
+# %% ../nbs/05_launch.ipynb #f1d51dd2
 def start(config, # from `_launch_config`
           logs: str, folder: Path, # the launcher's, and the run's
           patience: float, # seconds that workers get to end
@@ -277,7 +281,7 @@ def start(config, # from `_launch_config`
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
-    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted"):
+    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted", Path(logs, "asked").touch):
         try: elastic_launch(config, sys.executable)("-c", "import sys; from medmcqa_lora.launch import worker; worker(sys.argv[1])", f"{logs}/job.json")
         except ChildFailedError as e:
             if watch: watch.failed = True
@@ -312,13 +316,14 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #ec43e38b
+# %% ../nbs/05_launch.ipynb #7896ef14
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  **nodes) -> Path: # the run's folder
     "Train a recipe through `runs/train.ipynb`; raises `ValueError` before anything is written, `LaunchError` if a process fails."
     from medmcqa_lora.checkpoints import check_launch_room, check_resume
     nnodes, node_rank = nodes.get("nnodes", 1), nodes.get("node_rank", 0)
+    if nnodes > 1: os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its store warns, with a stack, of every host that leaves
     if nnodes > 1 and not recipe.out: raise ValueError("--out: several hosts need a folder's name, the same on each")
     folder = Path(recipe.out or new_folder_name(name)).expanduser()
     check_folder(folder, resume or beside or (node_rank > 0 and folder.is_dir()))  # a shared one is host 0's to check
