@@ -574,6 +574,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medmcqa_lora.guard.Ending.__call__': ('guard.html#ending.__call__', 'medmcqa_lora/guard.py'),
                                     'medmcqa_lora.guard.Ending.__init__': ('guard.html#ending.__init__', 'medmcqa_lora/guard.py'),
                                     'medmcqa_lora.guard.Ending.check': ('guard.html#ending.check', 'medmcqa_lora/guard.py'),
+                                    'medmcqa_lora.guard.Ending.fail': ('guard.html#ending.fail', 'medmcqa_lora/guard.py'),
                                     'medmcqa_lora.guard.Ending.kernel': ('guard.html#ending.kernel', 'medmcqa_lora/guard.py'),
                                     'medmcqa_lora.guard.Ending.kill': ('guard.html#ending.kill', 'medmcqa_lora/guard.py'),
                                     'medmcqa_lora.guard.Steady': ('guard.html#steady', 'medmcqa_lora/guard.py'),

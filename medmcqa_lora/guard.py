@@ -99,13 +99,13 @@ def last_output(notebook: Path # executed, as far as it got
     lines = [line for t in text for line in t.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1].strip()[-200:] if lines else ""
 
-# %% ../nbs/04h_guard.ipynb #33f2d260
+# %% ../nbs/04h_guard.ipynb #c62db3be
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those that torch's launcher passes on
 
 class Ending:
     "The end of a worker, and of its kernel, when somebody wants it."
     def __init__(self, patience: float # seconds that the kernel gets
-                ): self.patience, self.asked, self.manager = patience, False, None
+                ): self.patience, self.asked, self.failed, self.manager = patience, False, False, None
 
     def kernel(self) -> subprocess.Popen | None: # none: not started, or gone
         "The kernel's process."
@@ -125,11 +125,15 @@ class Ending:
         if process := self.kernel():
             with suppress(OSError): os.killpg(process.pid, signal.SIGKILL)  # a kernel leads a session
 
+    def fail(self, **_) -> None: # after a cell that raised
+        "Take no leave of the kernel: others wait to hear of the failure."
+        self.failed = True
+
     def check(self, **_) -> None: # before a cell
         "Raises `KeyboardInterrupt` if the worker is to end."
         if self.asked: raise KeyboardInterrupt
 
-# %% ../nbs/04h_guard.ipynb #36f3f486
+# %% ../nbs/04h_guard.ipynb #e800f04c
 def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
     "A class of kernel managers whose kernel `ending` can end."
     from jupyter_client import AsyncKernelManager
@@ -138,7 +142,7 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
             super().__init__(*args, **kwargs)
             ending.manager = self
 
-        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked, restart=restart)
+        async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked or ending.failed, restart=restart)
     return Managed
 
 # %% ../nbs/04h_guard.ipynb #dd57a174
@@ -155,10 +159,11 @@ def end_with_parent(parent: int, # the parent's process id, from the parent: it 
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/04h_guard.ipynb #84f784ef
+# %% ../nbs/04h_guard.ipynb #275a5dfd
 @contextmanager
 def last_resort(seconds: float, # from a signal on
-                say # called for a line of text, then
+                say, # called for a line of text, then
+                heard=lambda: None # called when the signal comes
                ):
     "End this process if it is still inside the block some time after a signal."
     if threading.current_thread() is not threading.main_thread(): yield; return
@@ -167,6 +172,7 @@ def last_resort(seconds: float, # from a signal on
     before, over = signal.set_wakeup_fd(write, warn_on_full_buffer=False), threading.Event()
     def watch():
         while (number := os.read(read, 1)) and number[0] not in ENDINGS: pass
+        if number: heard()
         if not number or over.wait(seconds): return
         Steady(sys.stderr).write(f"medmcqa-lora: {say()}\n")
         os._exit(130)

@@ -158,7 +158,7 @@ def keep_earlier(target: Path # such as train.ipynb
     "Rename an executed notebook that is in the way, to train.1.ipynb or the next free number."
     if target.exists(): target.rename(next(p for n in range(1, 10**6) if not (p := target.with_suffix(f".{n}.ipynb")).exists()))
 
-# %% ../nbs/05_launch.ipynb #314703f8
+# %% ../nbs/05_launch.ipynb #3ba58099
 def execute(job: dict, # as `run_notebook` writes it
             target: Path, # the executed notebook
             sockets: str, # a path of this process alone
@@ -168,21 +168,25 @@ def execute(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
+    hooks = dict(on_cell_start=ending.check) | (dict(on_cell_error=ending.fail) if job["parameters"]["world_size"] > 1 else {})
     streams = {f"{n}_file": Passed(Steady(getattr(sys, n)), sys.stderr.isatty()) for n in ("stdout", "stderr")} if shown else {}
     try: papermill.execute_notebook(literal(job["notebook"]), literal(target), parameters=job["parameters"], kernel_name="python3", language="python", progress_bar=False, cwd=job["cwd"],
-                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), on_cell_start=ending.check, **streams)
+                                    config=Config(KernelManager={"transport": "ipc", "ip": sockets}), kernel_manager_class=kernel_managers(ending), **hooks, **streams)
     except papermill.PapermillExecutionError as e: return failure_kind(e.ename, e.evalue, job["parameters"]["world_size"]), failure_text(e.ename, e.evalue, e.exec_count, target)
     except DeadKernelError: return "raised", dead_kernel((p := ending.kernel()) and p.poll(), target)
     except KeyboardInterrupt: return "ended", "was told to end"
     except Exception as e: return "raised", f"papermill: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
 
-# %% ../nbs/05_launch.ipynb #0817b510
+# %% ../nbs/05_launch.ipynb #bd754be7
 def worker(job_file: str # written by `run_notebook`
           ) -> None:
     "Execute a job's notebook in this process; exits with 1 if a cell raises, 130 if it was told to end."
     job, rank = json.loads(Path(job_file).read_text()), int(os.environ["RANK"])
-    ending = Ending(job["patience"])
-    for s in ENDINGS: signal.signal(s, ending)
+    ending = Ending(1)
+    def told(*_):
+        if Path(job_file).with_name("asked").exists(): ending.patience = job["patience"]  # by a person or a scheduler; else another process has failed
+        ending()
+    for s in ENDINGS: signal.signal(s, told)
     end_with_parent(job["launcher"], lambda: (ending(), ending()), 4)  # twice is at once
     whole = keep_notebooks_whole()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizers library warns at each fork otherwise
@@ -271,7 +275,7 @@ def how_to_go_on(logs: Path, # the launcher's folder with its workers' reports
     step = next((t["text"].split(";")[0] for t in told if t["kind"] == "stopped"), "what was written stays there")
     return f"interrupted ({name}): {folder}: {step}; go on with the same command and --resume --out {folder}"
 
-# %% ../nbs/05_launch.ipynb #b77b4882
+# %% ../nbs/05_launch.ipynb #a6bc9cca
 def start(config, # from `_launch_config`
           logs: str, folder: Path, # the launcher's, and the run's
           patience: float, # seconds that workers get to end
@@ -282,7 +286,7 @@ def start(config, # from `_launch_config`
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
-    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted"):
+    with guarded(5, folder), signals_kept(), watching(*hosts) as watch, last_resort(patience + 4, lambda: watch and watch.fault or "interrupted", Path(logs, "asked").touch):
         try: elastic_launch(config, sys.executable)("-c", "import sys; from medmcqa_lora.launch import worker; worker(sys.argv[1])", f"{logs}/job.json")
         except ChildFailedError as e:
             if watch: watch.failed = True
