@@ -1131,8 +1131,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medmcqa_lora.stopping.Wish.__init__': ('stopping.html#wish.__init__', 'medmcqa_lora/stopping.py'),
                                        'medmcqa_lora.stopping.Wish.close': ('stopping.html#wish.close', 'medmcqa_lora/stopping.py'),
                                        'medmcqa_lora.stopping.Wish.share': ('stopping.html#wish.share', 'medmcqa_lora/stopping.py'),
-                                       'medmcqa_lora.stopping.same_everywhere': ( 'stopping.html#same_everywhere',
-                                                                                  'medmcqa_lora/stopping.py'),
                                        'medmcqa_lora.stopping.stoppable': ('stopping.html#stoppable', 'medmcqa_lora/stopping.py')},
             'medmcqa_lora.training': { 'medmcqa_lora.training.LiveCurve': ('training.html#livecurve', 'medmcqa_lora/training.py'),
                                        'medmcqa_lora.training.LiveCurve.__init__': ( 'training.html#livecurve.__init__',
