@@ -696,6 +696,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medmcqa_lora.launch.World.first': ('launch.html#world.first', 'medmcqa_lora/launch.py'),
                                      'medmcqa_lora.launch._launch_config': ('launch.html#_launch_config', 'medmcqa_lora/launch.py'),
                                      'medmcqa_lora.launch.check_folder': ('launch.html#check_folder', 'medmcqa_lora/launch.py'),
+                                     'medmcqa_lora.launch.check_free': ('launch.html#check_free', 'medmcqa_lora/launch.py'),
                                      'medmcqa_lora.launch.check_processes': ('launch.html#check_processes', 'medmcqa_lora/launch.py'),
                                      'medmcqa_lora.launch.check_recipe_here': ('launch.html#check_recipe_here', 'medmcqa_lora/launch.py'),
                                      'medmcqa_lora.launch.check_same_weights': ('launch.html#check_same_weights', 'medmcqa_lora/launch.py'),

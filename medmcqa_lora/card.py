@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['question_set', 'header_results', 'leakage_limit', 'limits', 'card_run', 'write_run_card']
 
-# %% ../nbs/04h_card.ipynb #2c8bf073
-import json, os
+# %% ../nbs/04h_card.ipynb #cba83799
+import os
 from pathlib import Path
 from .evaluation import compare_evaluations, read_evaluation, verdict, view_rows
 from .files import write_json, write_whole
@@ -15,6 +15,7 @@ from .model import adapter_digest
 from .orders import describe_orders
 from .report import published, run_of
 from .training import write_card
+from .untrusted import read_object
 
 # %% ../nbs/04h_card.ipynb #e1458b1b
 def question_set(summary: dict # of an evaluation
@@ -70,7 +71,7 @@ def card_run(tuned_dir: Path # a finished evaluation
     if not os.access(run, os.W_OK): return None, f"{run}/README.md stays as it is: the folder can't be written"
     return run, ""
 
-# %% ../nbs/04h_card.ipynb #23e1e55c
+# %% ../nbs/04h_card.ipynb #695d8d3d
 def write_run_card(run: Path, # from `card_run`
                    base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                    text: str, # the comparison, Markdown
@@ -78,11 +79,13 @@ def write_run_card(run: Path, # from `card_run`
                   ) -> Path: # README.md
     "Keep a comparison in a run's folder and write its card anew."
     c, (base, tuned) = compare_evaluations(base_dir, tuned_dir), (read_evaluation(folder)[1] for folder in (base_dir, tuned_dir))
-    recipe, env = (json.loads((run / f"{n}.json").read_text(encoding="utf-8")) for n in ("recipe", "environment"))
+    recipe, env = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment"))
+    try: hard = limits(recipe, env, tuned, without)
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json or environment.json is not as train leaves it ({e!r})") from None
     told = dict(adapter_sha256=adapter_digest(run / "adapter"), data_sha256=tuned["data_sha256"], n=c.n, majority_baseline=c.majority_baseline,
                 base={k: base[k] for k in ("accuracy", "ci95")}, tuned={k: tuned[k] for k in ("accuracy", "ci95")},
                 gain=dict(difference=round(c.difference, 6), ci95=c.difference_ci95, gained=c.gained, lost=c.lost, p_value=c.p_value),
-                verdict=verdict(c), results=header_results(base, tuned), limits=limits(recipe, env, tuned, without))
+                verdict=verdict(c), results=header_results(base, tuned), limits=hard)
     write_whole(run / "comparison.md", text)
     write_json(run / "evaluated.json", told)
     return write_card(run)

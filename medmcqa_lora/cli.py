@@ -8,8 +8,8 @@ __all__ = ['RecipeName', 'Params', 'Out', 'Processes', 'Resume', 'Quiet', 'app',
            'status', 'evaluate', 'compare', 'report', 'cross_check', 'merge', 'push', 'export', 'names_of', 'bench',
            'begin_demo', 'unfinished_demo', 'demo', 'one_line', 'main']
 
-# %% ../nbs/06_cli.ipynb #6be8c75a
-import sys
+# %% ../nbs/06_cli.ipynb #35ccd3a3
+import os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -29,10 +29,10 @@ def join_params(argv: list[str]) -> list[str]: # with `-p KEY VALUE` as `-p KEY=
         joined.append(f"{key}={words.pop(0)}" if "=" not in key and words and not words[0].startswith("--") else key)
     return joined
 
-# %% ../nbs/06_cli.ipynb #1044e7c1
+# %% ../nbs/06_cli.ipynb #3e790f97
 def expand_home(words: list[str]) -> list[str]: # with the home folder's path where --out has ~
     "Read ~ as a shell does, for --out."
-    def home(before, w): return str(Path(w).expanduser()) if before == "--out" and w[:1] == "~" else f"--out={Path(w[6:]).expanduser()}" if w.startswith("--out=~") else w
+    def home(before, w): return os.path.expanduser(w) if before == "--out" else f"--out={os.path.expanduser(w[6:])}" if w.startswith("--out=~") else w
     return [home(before, w) for before, w in zip(["", *words], words)]
 
 # %% ../nbs/06_cli.ipynb #01084427
@@ -269,7 +269,7 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     results = run_bench(settings, names, load, folder, say, commit)
     say(f"\n{describe_bench(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/table.md\nfigure   {folder}/kernels.png\nlogs     {folder}/VARIANT.log")
 
-# %% ../nbs/06_cli.ipynb #c3604b1a
+# %% ../nbs/06_cli.ipynb #38957058
 def begin_demo(settings: Recipe, folder: Path, resume: bool) -> None:
     "Make a demo's folder, which no other process may use; raises `ValueError` if it holds something else."
     from medmcqa_lora.files import write_json
@@ -285,7 +285,7 @@ def unfinished_demo(settings: Recipe) -> Path | None: # none: begin a new one
     "The newest demo's folder, if it was interrupted and had the same settings."
     import json
     from medmcqa_lora.folders import is_held
-    newest = max(Path("_runs").glob("demo-*"), default=None)
+    newest = max((f.parent for f in Path("_runs").glob("demo-*/demo.json")), default=None)
     if newest is None or (newest / "comparison.json").exists() or is_held(newest / "demo.json"): return None
     try: before = json.loads((newest / "demo.json").read_text())
     except (OSError, ValueError): return None

@@ -89,7 +89,7 @@ def append_line(path: Path, # made if missing
     "Append one JSON object as a line and flush it; raises `ValueError` for NaN."
     append_lines(path, [value])
 
-# %% ../nbs/00a_files.ipynb #6adef798
+# %% ../nbs/00a_files.ipynb #f41d6dd8
 def read_lines(path: Path) -> list[dict]: # [] if the file is missing
     "The objects of a JSON-lines file; drops a torn last line, raises `ValueError` naming any other broken one."
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -98,6 +98,7 @@ def read_lines(path: Path) -> list[dict]: # [] if the file is missing
     for n, line in enumerate(whole, 1):
         try: values.append(json.loads(line))
         except (ValueError, RecursionError): raise ValueError(f"{path}: line {n} is not JSON; the file was changed after the run wrote it") from None
+        if not isinstance(values[-1], dict): raise ValueError(f"{path}: line {n} is no JSON object; the file was changed after the run wrote it")
     return values
 
 # %% ../nbs/00a_files.ipynb #24d9db4d

@@ -156,7 +156,7 @@ def watching(nnodes: int, node_rank: int, rdzv_endpoint: str, restarts: bool): #
     finally:
         if watch: watch.over.set()
 
-# %% ../nbs/05c_hosts.ipynb #9fc332ab
+# %% ../nbs/05c_hosts.ipynb #6fe0c491
 SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nnodes}
@@ -172,7 +172,7 @@ SLURM = """#!/bin/bash
 out={out}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 resume=()
-if [ -d "$out/checkpoints" ]; then resume=(--resume); fi
+if [ -e "$out/recipe.json" ]; then resume=(--resume); fi
 export out host port=$((20000 + SLURM_JOB_ID % 40000))
 srun --kill-on-bad-exit=0 bash -c 'exec "$@" --node-rank "$SLURM_NODEID" --rdzv-endpoint "$host:$port"' run {command} --out "$out" "${{resume[@]}}"
 code=$?

@@ -7,9 +7,9 @@ __all__ = ['WAITED', 'USER_ERRORS', 'MEETING', 'ORDER', 'VIEWS', 'new_folder_nam
            'check_recipe_here', 'settle_parallel', 'World', 'join_world', 'wait_for_all', 'record_failure',
            'failure_kind', 'failure_text', 'dead_kernel', 'keep_earlier', 'execute', 'worker', 'signals_kept',
            'LaunchError', 'Interrupted', 'Report', 'read_report', 'first_of', 'first_cause', 'how_to_go_on', 'start',
-           'run_notebook', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
+           'run_notebook', 'check_free', 'launch_train', 'check_views', 'check_same_weights', 'launch_evaluate']
 
-# %% ../nbs/05_launch.ipynb #879cb24d
+# %% ../nbs/05_launch.ipynb #01024747
 import json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from .recipe import Recipe, shipped
 from .files import check_writable, write_json
+from .folders import is_held
 from .guard import ENDINGS, Ending, Steady, end_with_parent, guarded, keep_notebooks_whole, kernel_managers, last_output, last_resort, wait_until_free
 from .hosts import ask_others, check_hosts, own_address, say_end, watching
 from .progress import Passed, reported
@@ -299,7 +300,7 @@ def start(config, # from `_launch_config`
         except (DistError, RendezvousError) as e: raise LaunchError(f"the hosts did not meet at {hosts[2] or 'this one'}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
         say_end(watch and watch.hosts, "done", "")
 
-# %% ../nbs/05_launch.ipynb #f8203665
+# %% ../nbs/05_launch.ipynb #d40e9a5c
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -309,7 +310,6 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     "Execute a notebook in nproc × nnodes processes; raises `LaunchError` when one fails."
     check_notebook(shipped(notebook))
     folder.mkdir(parents=True, exist_ok=True)
-    if nnodes == 1: wait_until_free(folder)  # other hosts of this run may be this machine
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     patience = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")) - 2  # seconds until SIGKILL; torch's 30 are longer than a user waits
     job = dict(notebook=str(shipped(notebook)), folder=str(folder.absolute()), name=name, cwd=os.getcwd(), launcher=os.getpid(), patience=patience,
@@ -322,7 +322,14 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
     finally: shutil.rmtree(logs, ignore_errors=True)
     return folder / f"{name}.ipynb"
 
-# %% ../nbs/05_launch.ipynb #480a224a
+# %% ../nbs/05_launch.ipynb #89311ff5
+def check_free(folder: Path # of a run, or not there yet
+              ) -> None:
+    "Raises `ValueError` if another run goes on in a folder."
+    wait_until_free(folder)
+    if folder.is_dir() and is_held(folder): raise ValueError(f"--out {folder}: another process writes there; wait for it to end, stop it, or name another folder")
+
+# %% ../nbs/05_launch.ipynb #22a7fcef
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  quiet: bool = False, # show nothing on the terminal
@@ -332,10 +339,11 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     nnodes, node_rank = nodes.get("nnodes", 1), nodes.get("node_rank", 0)
     if nnodes > 1: os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its store warns, with a stack, of every host that leaves
     if nnodes > 1 and not recipe.out: raise ValueError("--out: several hosts need a folder's name, the same on each")
-    folder = Path(recipe.out or new_folder_name(name)).expanduser()
+    folder = Path(os.path.expanduser(recipe.out or new_folder_name(name)))
     check_folder(folder, resume or beside or (node_rank > 0 and folder.is_dir()))  # a shared one is host 0's to check
     if resume: check_resume(folder, nproc * nnodes)
-    if slow := check_processes(nproc, **nodes): print(slow, file=sys.stderr)
+    if nnodes == 1: check_free(folder)  # other hosts of this run may be this machine
+    if (slow := check_processes(nproc, **nodes)) and not quiet: print(slow, file=sys.stderr)
     recipe = settle_parallel(recipe, processes := nproc * nnodes)
     check_recipe_here(recipe, processes=processes)
     check_launch_room(folder, recipe)
@@ -361,7 +369,7 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #41f68a38
+# %% ../nbs/05_launch.ipynb #0edb7054
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
@@ -378,7 +386,8 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     views, recipe = check_views(views), replace(recipe, parallel="auto") if recipe.parallel == "fsdp" else recipe  # scoring takes a whole copy in each process
     if orders: draw_orders(orders, recipe.seed)
     check_folder(folder, resume)
-    if slow := check_processes(nproc): print(slow, file=sys.stderr)
+    check_free(folder)
+    if (slow := check_processes(nproc)) and not quiet: print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)
     if adapter is not None: check_adapter(adapter, recipe.model); check_finite(adapter); check_same_weights(adapter, recipe)
     parameters = asdict(recipe) | {"out": str(folder), "resume": resume, "adapter": str(adapter) if adapter else "", "views": views, "orders": orders, "quiet": quiet}

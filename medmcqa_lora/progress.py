@@ -79,7 +79,7 @@ def ended_elsewhere(folder: Path, pid: int) -> bool: # False: also where nothing
     except ValueError: return False
     return facts.get("state") in ENDED and facts.get("pid") != pid
 
-# %% ../nbs/02j_progress.ipynb #71480378
+# %% ../nbs/02j_progress.ipynb #1b2e954c
 class Shown:
     "How this process shows its work."
     way, heart = "bar", None  # bar, lines or none; a `Heartbeat`
@@ -88,7 +88,7 @@ def cell_ended(result) -> None: # IPython's ExecutionResult
     "Let a cell that raised end the heartbeat."
     e = result.error_in_exec
     if e is None or Shown.heart is None: return
-    Shown.heart.end("interrupted" if isinstance(e, KeyboardInterrupt) else "failed", one_cause(f"{type(e).__name__}: {e}" if not isinstance(e, ValueError) else str(e)))
+    Shown.heart.end("interrupted" if isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Stopped" else "failed", one_cause(f"{type(e).__name__}: {e}" if not isinstance(e, ValueError) else str(e)))
 
 def one_cause(text: str) -> str: # at most 600 characters
     "A cause in one line."

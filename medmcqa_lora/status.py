@@ -13,7 +13,7 @@ import psutil
 from .files import read_lines
 from .progress import ENDED, STATES, clock, line_of, read_beat
 
-# %% ../nbs/05d_status.ipynb #8de3634c
+# %% ../nbs/05d_status.ipynb #656e620d
 NUMBERS, WORDS = ("step", "steps", "loss", "tokens_per_s", "seconds_left", "time", "moved", "started", "pid"), ("state", "kind", "doing", "unit", "checkpoint", "cause", "host")
 
 def checked_beat(folder: Path) -> dict: # {} if there is none
@@ -22,7 +22,7 @@ def checked_beat(folder: Path) -> dict: # {} if there is none
     def fits(k, v): return v is None or isinstance(v, str) if k in WORDS else v is None or type(v) in (int, float) and math.isfinite(v) and abs(v) < 1e15
     bad = [k for k in (*NUMBERS, *WORDS) if k in facts and not fits(k, facts[k])]
     if facts.get("state", "training") not in STATES: bad.append("state")
-    if facts and not (bad or {"state", "time", "pid", "host"} <= facts.keys()): bad = ["state, time, pid or host missing"]
+    if facts and not (bad or all(facts.get(k) is not None for k in ("state", "time", "pid", "host"))): bad = ["state, time, pid or host missing"]
     if bad: raise ValueError(f"{folder}/heartbeat.json: is no heartbeat of a run ({', '.join(bad)}); it was changed; delete it to be told what the other files say")
     return facts
 

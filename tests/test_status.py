@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,9 @@ import pytest
 from conftest import ALL, ROOT, processes_with
 
 from medmcqa_lora import status
+from medmcqa_lora.launch import launch_train
 from medmcqa_lora.progress import HEARTBEAT, LINE, identity, write_beat
+from medmcqa_lora.recipe import load_recipe
 from medmcqa_lora.status import EXIT, read_status
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
@@ -182,3 +185,15 @@ def test_a_full_disk_does_not_stop_the_work(tmp_path):
     with patch("medmcqa_lora.progress.write_json", side_effect=OSError(28, "No space left on device")):
         write_beat(tmp_path, BEAT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_in_the_folder_leaves_the_heartbeat_of_the_first(tmp_path):
+    """It is refused before anything is written: a notebook trains there, whose processes only a lock tells of."""
+    (beat := tmp_path / HEARTBEAT).write_text(json.dumps(BEAT))
+    hold = f"from pathlib import Path; from medmcqa_lora.folders import hold; hold(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process writes there"):
+            launch_train(replace(load_recipe("toy"), out=str(tmp_path)), resume=True)
+        other.stdin.close()
+    assert json.loads(beat.read_text()) == BEAT and [p.name for p in tmp_path.iterdir()] == [HEARTBEAT]
