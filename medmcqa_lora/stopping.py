@@ -37,10 +37,10 @@ class Wish:
         if self.sent: self.sent[0].wait()
         dist.destroy_process_group(self.group)
 
-# %% ../nbs/03a_stopping.ipynb #a4b3e65c
+# %% ../nbs/03a_stopping.ipynb #4181c8ba
 class StopOnRequest(TrainerCallback):
     "Saves a checkpoint and ends training behind a step, once any process has been asked to."
-    def __init__(self): self.asked, self.step, self.wish = False, None, None
+    def __init__(self): self.asked, self.due, self.step, self.wish = False, False, None, None
 
     def ask(self, *_) -> None: # a signal's handler
         "Stop behind this step; asked again, at once."
@@ -50,21 +50,21 @@ class StopOnRequest(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs): self.wish = Wish(args.ddp_timeout)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.wish.share(self.asked) or control.should_training_stop: return
-        if self.step is None: self.step, control.should_save = state.global_step, True
-        else: control.should_training_stop = True  # the checkpoint could not be saved
+        self.due = self.wish.share(self.asked) and not control.should_training_stop
+        control.should_save |= self.due
 
-    def on_save(self, args, state, control, **kwargs): control.should_training_stop |= self.step is not None
+    def on_save(self, args, state, control, **kwargs):
+        if self.due: self.step, control.should_training_stop = state.global_step, True
 
     def on_train_end(self, args, state, control, **kwargs): self.wish.close()
 
-# %% ../nbs/03a_stopping.ipynb #261a38d2
+# %% ../nbs/03a_stopping.ipynb #4da5683e
 @contextmanager
 def stoppable(trainer): # a `transformers.Trainer`
     "Training inside may be interrupted; raises `Stopped` behind it if it was."
     stop, here = StopOnRequest(), threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, stop.ask) if here else None
-    trainer.add_callback(stop)
+    trainer.callback_handler.callbacks.insert(1, stop)  # behind transformers' own, ahead of the guard
     try: yield
     finally:
         trainer.remove_callback(stop)
