@@ -620,6 +620,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medmcqa_lora.health.Traced': ('health.html#traced', 'medmcqa_lora/health.py'),
                                      'medmcqa_lora.health.Traced.__call__': ('health.html#traced.__call__', 'medmcqa_lora/health.py'),
                                      'medmcqa_lora.health.Traced.__init__': ('health.html#traced.__init__', 'medmcqa_lora/health.py'),
+                                     'medmcqa_lora.health.added': ('health.html#added', 'medmcqa_lora/health.py'),
                                      'medmcqa_lora.health.asked': ('health.html#asked', 'medmcqa_lora/health.py'),
                                      'medmcqa_lora.health.bad_record': ('health.html#bad_record', 'medmcqa_lora/health.py'),
                                      'medmcqa_lora.health.blame': ('health.html#blame', 'medmcqa_lora/health.py'),

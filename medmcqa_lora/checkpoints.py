@@ -9,8 +9,8 @@ __all__ = ['MANIFEST', 'checksum', 'contents', 'seal', 'manifest', 'flaw', 'chec
            'save_checkpoint', 'find_start', 'share', 'open_checkpoint', 'check_best', 'keep_checkpoints', 'run_bytes',
            'check_run_room', 'check_launch_room']
 
-# %% ../nbs/02h_checkpoints.ipynb #5fc13cc8
-import hashlib, io, json, random, re, shutil, sys
+# %% ../nbs/02h_checkpoints.ipynb #e51a2f80
+import hashlib, io, json, math, random, re, shutil, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
@@ -110,7 +110,7 @@ class Keeper:
     save_errors: str = "stop"  # of the recipe
     loop: dict = field(default_factory=dict)  # of the checkpoint that the run goes on from
 
-# %% ../nbs/02h_checkpoints.ipynb #d7d26f3f
+# %% ../nbs/02h_checkpoints.ipynb #0390dd9d
 def own_tokens(trainer) -> int: # since the process began
     "Tokens this process answers for: of its own rows, or on rank 0 what the libraries counted for all."
     if tally := getattr(trainer.training_step, "tally", None): return tally.tokens
@@ -118,9 +118,9 @@ def own_tokens(trainer) -> int: # since the process began
     counted = trainer.args.include_num_input_tokens_seen not in (False, "no")
     return int(trainer.state.num_input_tokens_seen - trainer.keeper.writer.start if counted else trainer._total_train_tokens)
 
-def loop_state(trainer) -> dict: # loss: sum since the last logged step; logged: that step; tokens
+def loop_state(trainer) -> dict: # loss: sum since the last logged step, none: not a number; logged: that step; tokens
     "What this process' loop has added up."
-    return dict(loss=trainer._tr_loss.item(), logged=trainer._globalstep_last_logged, tokens=own_tokens(trainer))
+    return dict(loss=loss if math.isfinite(loss := trainer._tr_loss.item()) else None, logged=trainer._globalstep_last_logged, tokens=own_tokens(trainer))
 
 # %% ../nbs/02h_checkpoints.ipynb #c93a0ca2
 def is_finished(trainer) -> bool:
@@ -133,7 +133,7 @@ def join_loops(trainer, told: list[dict], best: str # of all processes, by rank;
     "The loops of all processes, and what they have in common."
     return dict(processes=told, tokens=trainer.keeper.writer.before + sum(t["tokens"] for t in told), finished=is_finished(trainer), best=best)
 
-# %% ../nbs/02h_checkpoints.ipynb #595dd582
+# %% ../nbs/02h_checkpoints.ipynb #8eeacdbe
 class Rejoin(TrainerCallback):
     "Gives the loop of a resumed run back what it had added up."
     def __init__(self, trainer): self.trainer = trainer
@@ -142,7 +142,7 @@ class Rejoin(TrainerCallback):
         keeper = self.trainer.keeper
         if not keeper.loop: return
         own = keeper.loop["processes"][args.process_index]
-        self.trainer._tr_loss.fill_(own["loss"])
+        self.trainer._tr_loss.fill_(math.nan if own["loss"] is None else own["loss"])
         self.trainer._globalstep_last_logged, keeper.writer.before = own["logged"], keeper.loop["tokens"]
         best = keeper.run / "checkpoints" / keeper.loop["best"]
         state.best_model_checkpoint = str(best) if keeper.loop["best"] and best.is_dir() else None
