@@ -228,7 +228,7 @@ def suspicious(j: Judged, memory: list[float] # the last step, and the memory af
     "Whether a step's loss alone is above the limit of the running mean."
     return not j.wrong and memory[0] > STEADY and j.loss > EXPLODED * max(memory[1], math.log(4))
 
-# %% ../nbs/02i_health.ipynb #fa1efe10
+# %% ../nbs/02i_health.ipynb #8a8ce5d4
 class Guard(TrainerCallback, Decide):
     "Looks when a line, a checkpoint, an evaluation or the end is due; goes before callbacks that write."
     def on_train_begin(self, args, state, control, **kwargs):
@@ -237,6 +237,7 @@ class Guard(TrainerCallback, Decide):
         self.flag, self.pending = torch.zeros((), device=args.device), []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps  # the last steps, too
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop or state.global_step >= state.max_steps): return
         found = self.check()
         if control.should_save: self.before_saving(found, state, control, model)

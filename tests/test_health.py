@@ -284,6 +284,22 @@ def test_a_learning_rate_of_0(tmp_path):
     assert train(two, tmp_path / "two")["steps"] == 2
 
 
+@pytest.mark.parametrize("logging_steps, steps", [(10, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_steps_have_a_line(tmp_path, logging_steps, steps):
+    """Three steps, by epochs: a line at the end, once, whether it is due there or not."""
+    trainer, _ = made(tmp_path / "run", max_steps=-1, num_train_epochs=1.0, per_device_train_batch_size=4, logging_steps=logging_steps)
+    result = train(trainer, tmp_path / "run")
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [m["step"] for m in lines] == steps and result["steps"] == 3 and result["last_loss"] == lines[-1]["loss"]
+
+
+def test_a_run_of_skipped_steps_alone_is_an_error(tmp_path):
+    trainer, _ = made(tmp_path / "run", range(1, 4), "loss", max_steps=3, on_bad_step="skip")
+    with pytest.raises(ValueError, match="metrics.jsonl: holds no loss, so there is nothing to report: all steps were skipped"):
+        train(trainer, tmp_path / "run")
+    assert [m["step"] for m in read_lines(tmp_path / "run/metrics.jsonl") if "skipped" in m] == [1, 2, 3]
+
+
 def test_evaluation_rows_without_a_loss(tmp_path):
     trainer, _ = made(tmp_path / "run", eval_steps=2)
     last = [m for n, m in trainer.model.named_modules() if n.endswith("norm_f")][0]
