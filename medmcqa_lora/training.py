@@ -121,7 +121,7 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #f4ab9a5c
+# %% ../nbs/03_training.ipynb #c8852da5
 class Progress(TrainerCallback):
     "Shows optimizer steps, on rank 0."
     work = None
@@ -140,7 +140,8 @@ class Progress(TrainerCallback):
         if self.work: note()  # an evaluation of the loss gets on, too
 
     def on_save(self, args, state, control, **kwargs):
-        if self.work: note(checkpoint=f"checkpoints/checkpoint-{state.global_step}")
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}")  # not there where a full disk is no reason to stop
+        if self.work and saved.is_dir(): note(checkpoint=f"checkpoints/{saved.name}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.work: self.work.close()

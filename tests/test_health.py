@@ -1,4 +1,5 @@
 """Steps that must not train, and memory that runs out: what a run does, what it says, and what is left of it."""
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from medmcqa_lora import checkpoints, training
 from medmcqa_lora.data import encode_questions, load_pair
 from medmcqa_lora.files import read_lines
 from medmcqa_lora.health import EXPLODED, IN_A_ROW, needed
@@ -242,6 +244,23 @@ def test_a_request_waits_for_a_checkpoint_worth_it(tmp_path):
     with pytest.raises(Stopped, match="behind step 8 as asked, with checkpoint-8"):
         train(asked(trainer, 7), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("saved", [2, 0])
+def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
+    """save_errors = warn: transformers takes a checkpoint for saved that isn't; neither the message nor the heartbeat does."""
+    trainer, _ = made(tmp_path / "run", save_errors="warn", save_steps=2)
+    write, noted = checkpoints.write_parts, []
+
+    def write_parts(trainer, work):
+        if trainer.state.global_step > saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(trainer, work)
+
+    said = f"stopped behind step 4 as asked, but checkpoint-4 could not be saved; {'the last one is checkpoint-2' if saved else 'there is none before it'}; go on"
+    with patch.object(checkpoints, "write_parts", write_parts), patch.object(training, "note", lambda **facts: noted.append(facts)), pytest.raises(Stopped, match=said):
+        train(asked(trainer, 4), tmp_path / "run")
+    assert noted == [dict(checkpoint="checkpoints/checkpoint-2")] * (saved == 2)
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path):
