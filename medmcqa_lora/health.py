@@ -8,7 +8,7 @@ __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET'
            'bad_record', 'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss',
            'needed', 'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
 
-# %% ../nbs/02i_health.ipynb #523df73d
+# %% ../nbs/02i_health.ipynb #4b56b369
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from .recipe import Recipe, problems
 from .data import Encoded
-from .files import append_line, write_json
+from .files import write_json
 from .model import list_matrices, planned_model, select
 from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory, settle_dtype, size_in_words
 from .step import whole
@@ -184,7 +184,7 @@ def added(since: list, found: list[Judged] # loss: sum over the good steps; how 
     for j in found: loss, good, bad = (loss, good, bad + 1) if j.wrong else (loss + j.loss, good + 1, bad)
     return [loss, good, bad]
 
-# %% ../nbs/02i_health.ipynb #0710d776
+# %% ../nbs/02i_health.ipynb #dba5a712
 class Decide(Judge):
     "Stops a run at bad steps, or records that they were left out."
     def __init__(self, recipe: Recipe, encoded: Encoded, run: Path): # run: its folder
@@ -211,7 +211,7 @@ class Decide(Judge):
         for j in found:
             self.in_a_row = self.in_a_row + 1 if j.wrong else 0
             if j.wrong and (self.recipe.on_bad_step == "stop" or self.in_a_row >= IN_A_ROW): self.stop(j, named[j.step])
-            if j.wrong and self.trainer.args.process_index == 0: append_line(self.run / "metrics.jsonl", bad_record(j, named[j.step]))
+            if j.wrong and self.trainer.args.process_index == 0: self.trainer.keeper.writer.write("metrics.jsonl", bad_record(j, named[j.step]))
         self.since = added(self.since, found)
         return found
 

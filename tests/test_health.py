@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from medmcqa_lora import checkpoints, training
 from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import read_lines
+from medmcqa_lora.files import DiskError, read_lines
 from medmcqa_lora.health import EXPLODED, IN_A_ROW, needed
 from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
 from medmcqa_lora.plan import RESERVE
@@ -163,6 +163,22 @@ def test_a_line_holds_the_good_steps_alone(tmp_path):
     lines, each = (read_lines(tmp_path / f / "metrics.jsonl") for f in ("run", "single"))
     assert [m["step"] for m in lines] == [2, 3] and [m["step"] for m in each] == [1, 2, 3]
     assert lines[1]["loss"] == pytest.approx((each[0]["loss"] + each[2]["loss"]) / 2, rel=1e-6)
+
+
+def test_lines_of_skipped_steps_wait_for_room_too(tmp_path, capsys):
+    """save_errors = warn, and a disk that is full while steps 3 to 5 are made: nothing stops, and the lines come in their order."""
+    trainer, _ = made(tmp_path / "run", {3}, "loss", logging_steps=2, on_bad_step="skip", save_errors="warn")
+    append = training.append_lines
+
+    def append_lines(path, lines):
+        if 3 <= trainer.state.global_step <= 5:
+            raise DiskError(f"{path}: can't be written (No space left on device)")
+        append(path, lines)
+
+    with patch.object(training, "append_lines", append_lines):
+        train(trainer, tmp_path / "run")
+    assert [(m["step"], "skipped" in m) for m in read_lines(tmp_path / "run/metrics.jsonl")] == [(2, False), (3, True), (4, False), (6, False)]
+    assert capsys.readouterr().err.count("its lines wait (save_errors = warn)") == 2
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path):
