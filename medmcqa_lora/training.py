@@ -121,12 +121,13 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #c8852da5
+# %% ../nbs/03_training.ipynb #f6fa66d6
 class Progress(TrainerCallback):
     "Shows optimizer steps, on rank 0."
     work = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.start = state.num_input_tokens_seen
         if state.is_world_process_zero: self.work = Work("train", state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -134,7 +135,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.work or "loss" not in (logs or {}): return
-        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(logs.get("num_tokens", state.num_input_tokens_seen) / self.work.elapsed, 1))
+        tokens = logs.get("num_tokens", state.num_input_tokens_seen - self.start)
+        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(tokens / self.work.elapsed, 1))
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.work: note()  # an evaluation of the loss gets on, too
