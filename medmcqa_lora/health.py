@@ -8,7 +8,7 @@ __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET'
            'bad_record', 'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss',
            'needed', 'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
 
-# %% ../nbs/02i_health.ipynb #4b56b369
+# %% ../nbs/02i_health.ipynb #cb1fcb8e
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from .files import write_json
 from .model import list_matrices, planned_model, select
 from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory, settle_dtype, size_in_words
 from .step import whole
+from .checkpoints import checkpoints
 
 # %% ../nbs/02i_health.ipynb #77d2d299
 STEADY, EXPLODED, RECENT = 5, 3.0, 8  # good steps of the reference; times it; steps in the running mean
@@ -156,13 +157,12 @@ class Judge(Rows):
         values = torch.stack([v for _, _, v in pending]).tolist() if pending else []
         return [Judged(step, rows, *v[:3], int(v[3])) for (step, rows, _), v in zip(pending, values)]
 
-# %% ../nbs/02i_health.ipynb #dedf840d
+# %% ../nbs/02i_health.ipynb #c4e4c535
 IN_A_ROW = 10  # skipped steps that stop a run
 
 def newest(run: Path) -> str: # such as "; the last checkpoint is checkpoint-20"
     "Where a stopped run can go on from."
-    numbers = [int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return f"; the last checkpoint is checkpoint-{max(numbers)}" if numbers else "; there is no checkpoint yet"
+    return f"; the last checkpoint is {found[0].name}" if (found := checkpoints(run)) else "; there is no checkpoint yet"
 
 # %% ../nbs/02i_health.ipynb #3c52daad
 def bad_record(j: Judged, ids: list[str]) -> dict: # as written to metrics.jsonl
