@@ -9,8 +9,8 @@ __all__ = ['MANIFEST', 'checksum', 'contents', 'seal', 'manifest', 'flaw', 'chec
            'save_checkpoint', 'find_start', 'share', 'open_checkpoint', 'check_best', 'keep_checkpoints', 'run_bytes',
            'check_run_room', 'check_launch_room']
 
-# %% ../nbs/02h_checkpoints.ipynb #5fc13cc8
-import hashlib, io, json, random, re, shutil, sys
+# %% ../nbs/02h_checkpoints.ipynb #e51a2f80
+import hashlib, io, json, math, random, re, shutil, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
@@ -100,7 +100,7 @@ def changed_versions(before: dict, now: dict) -> str: # a line; empty: all the s
     changed = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     return f"note: going on with other versions ({', '.join(changed)}); the last digits may differ from an uninterrupted run's" if before and changed else ""
 
-# %% ../nbs/02h_checkpoints.ipynb #aa261a85
+# %% ../nbs/02h_checkpoints.ipynb #b0f874af
 @dataclass
 class Keeper:
     "Keeps a trainer's checkpoints."
@@ -109,8 +109,9 @@ class Keeper:
     about: dict = field(default_factory=dict)  # for the manifest: processes, rows, versions
     save_errors: str = "stop"  # of the recipe
     loop: dict = field(default_factory=dict)  # of the checkpoint that the run goes on from
+    saved: str = ""  # name of the last checkpoint, in all processes; empty: none
 
-# %% ../nbs/02h_checkpoints.ipynb #d7d26f3f
+# %% ../nbs/02h_checkpoints.ipynb #0390dd9d
 def own_tokens(trainer) -> int: # since the process began
     "Tokens this process answers for: of its own rows, or on rank 0 what the libraries counted for all."
     if tally := getattr(trainer.training_step, "tally", None): return tally.tokens
@@ -118,9 +119,9 @@ def own_tokens(trainer) -> int: # since the process began
     counted = trainer.args.include_num_input_tokens_seen not in (False, "no")
     return int(trainer.state.num_input_tokens_seen - trainer.keeper.writer.start if counted else trainer._total_train_tokens)
 
-def loop_state(trainer) -> dict: # loss: sum since the last logged step; logged: that step; tokens
+def loop_state(trainer) -> dict: # loss: sum since the last logged step, none: not a number; logged: that step; tokens
     "What this process' loop has added up."
-    return dict(loss=trainer._tr_loss.item(), logged=trainer._globalstep_last_logged, tokens=own_tokens(trainer))
+    return dict(loss=loss if math.isfinite(loss := trainer._tr_loss.item()) else None, logged=trainer._globalstep_last_logged, tokens=own_tokens(trainer))
 
 # %% ../nbs/02h_checkpoints.ipynb #c93a0ca2
 def is_finished(trainer) -> bool:
@@ -133,7 +134,7 @@ def join_loops(trainer, told: list[dict], best: str # of all processes, by rank;
     "The loops of all processes, and what they have in common."
     return dict(processes=told, tokens=trainer.keeper.writer.before + sum(t["tokens"] for t in told), finished=is_finished(trainer), best=best)
 
-# %% ../nbs/02h_checkpoints.ipynb #595dd582
+# %% ../nbs/02h_checkpoints.ipynb #8eeacdbe
 class Rejoin(TrainerCallback):
     "Gives the loop of a resumed run back what it had added up."
     def __init__(self, trainer): self.trainer = trainer
@@ -142,7 +143,7 @@ class Rejoin(TrainerCallback):
         keeper = self.trainer.keeper
         if not keeper.loop: return
         own = keeper.loop["processes"][args.process_index]
-        self.trainer._tr_loss.fill_(own["loss"])
+        self.trainer._tr_loss.fill_(math.nan if own["loss"] is None else own["loss"])
         self.trainer._globalstep_last_logged, keeper.writer.before = own["logged"], keeper.loop["tokens"]
         best = keeper.run / "checkpoints" / keeper.loop["best"]
         state.best_model_checkpoint = str(best) if keeper.loop["best"] and best.is_dir() else None
@@ -205,7 +206,7 @@ def try_save(trainer, work: Path, final: Path, told: list[dict], best: str) -> s
         return str(e) if isinstance(e, DiskError) else f"{final}: can't be written ({e.strerror or e})"
     return ""
 
-# %% ../nbs/02h_checkpoints.ipynb #6f9d307e
+# %% ../nbs/02h_checkpoints.ipynb #6d2c32bd
 def save_checkpoint(trainer) -> None: # with a `Keeper`; takes the place of its `_save_checkpoint`
     "Save a checkpoint, whole or not at all; all processes call it; raises `DiskError` unless save_errors = warn."
     keeper, state, name = trainer.keeper, trainer.state, f"checkpoint-{trainer.state.global_step}"
@@ -215,7 +216,7 @@ def save_checkpoint(trainer) -> None: # with a `Keeper`; takes the place of its 
     if state.best_global_step == state.global_step: state.best_model_checkpoint = str(final)
     best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
     problem, = broadcast_object_list([try_save(trainer, final.with_name(f".{name}.part"), final, told, best)])
-    if not problem: return rotate(keeper.run, trainer.args.save_total_limit, {name, best} - {""}) if trainer.is_world_process_zero() else None
+    if not problem: keeper.saved = name; return rotate(keeper.run, trainer.args.save_total_limit, {name, best} - {""}) if trainer.is_world_process_zero() else None
     state.best_model_checkpoint, last = before, next((p.name for p in checkpoints(keeper.run)), "")
     kept = f"the last good one is {last}" if last else "there is none before it"
     if keeper.save_errors != "warn": raise DiskError(f"{problem}; {kept}; then go on with --resume")
@@ -245,7 +246,7 @@ def share(trainer, checkpoint: Path | None) -> Path | None: # rank 0's
     trainer.accelerator.wait_for_everyone()
     return own
 
-# %% ../nbs/02h_checkpoints.ipynb #2f3e43c0
+# %% ../nbs/02h_checkpoints.ipynb #c52a75be
 def open_checkpoint(trainer, resume: bool) -> Path | None: # none: from the first step
     "What a trainer with a `Keeper` goes on from; all processes call it; raises `ValueError`."
     keeper, found, problem = trainer.keeper, None, ""
@@ -254,7 +255,7 @@ def open_checkpoint(trainer, resume: bool) -> Path | None: # none: from the firs
         except ValueError as e: problem = str(e)
     problem, = broadcast_object_list([problem])
     if problem: raise ValueError(problem)
-    keeper.loop = json.loads((found / "loop.json").read_text()) if (found := share(trainer, found)) else {}
+    keeper.loop, keeper.saved = (json.loads((found / "loop.json").read_text()), found.name) if (found := share(trainer, found)) else ({}, "")
     return found
 
 # %% ../nbs/02h_checkpoints.ipynb #6f48154b

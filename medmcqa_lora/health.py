@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET', 'NO_RATE', 'NAMED', 'IN_A_ROW', 'LENGTHS',
            'UNITS', 'judge', 'cause', 'Traced', 'blame', 'name', 'Judged', 'withhold', 'Rows', 'Judge', 'newest',
-           'bad_record', 'stop_words', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss', 'needed',
-           'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
+           'bad_record', 'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss',
+           'needed', 'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
 
-# %% ../nbs/02i_health.ipynb #523df73d
+# %% ../nbs/02i_health.ipynb #cb1fcb8e
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from .recipe import Recipe, problems
 from .data import Encoded
-from .files import append_line, write_json
+from .files import write_json
 from .model import list_matrices, planned_model, select
 from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory, settle_dtype, size_in_words
 from .step import whole
+from .checkpoints import checkpoints
 
 # %% ../nbs/02i_health.ipynb #77d2d299
 STEADY, EXPLODED, RECENT = 5, 3.0, 8  # good steps of the reference; times it; steps in the running mean
@@ -156,13 +157,12 @@ class Judge(Rows):
         values = torch.stack([v for _, _, v in pending]).tolist() if pending else []
         return [Judged(step, rows, *v[:3], int(v[3])) for (step, rows, _), v in zip(pending, values)]
 
-# %% ../nbs/02i_health.ipynb #dedf840d
+# %% ../nbs/02i_health.ipynb #c4e4c535
 IN_A_ROW = 10  # skipped steps that stop a run
 
 def newest(run: Path) -> str: # such as "; the last checkpoint is checkpoint-20"
     "Where a stopped run can go on from."
-    numbers = [int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return f"; the last checkpoint is checkpoint-{max(numbers)}" if numbers else "; there is no checkpoint yet"
+    return f"; the last checkpoint is {found[0].name}" if (found := checkpoints(run)) else "; there is no checkpoint yet"
 
 # %% ../nbs/02i_health.ipynb #3c52daad
 def bad_record(j: Judged, ids: list[str]) -> dict: # as written to metrics.jsonl
@@ -176,12 +176,20 @@ def stop_words(j: Judged, ids: list[str], recipe: Recipe, run: Path # its folder
     way = " and -p on_bad_step skip leave such steps out" if recipe.on_bad_step == "stop" else f" goes on from it; {IN_A_ROW} steps in a row were skipped"
     return f"step {j.step}: {cause(j.wrong, j.loss, j.norm)}; {name(ids)}{f' (all in {run}/bad_step.json)' * (len(ids) > NAMED)}{newest(run)}; --resume{way}"
 
-# %% ../nbs/02i_health.ipynb #6d815b5a
+# %% ../nbs/02i_health.ipynb #2d3fb7c1
+def added(since: list, found: list[Judged] # loss: sum over the good steps; how many they are, and the bad ones
+         ) -> list: # as since
+    "Add steps to those since the last logged line."
+    loss, good, bad = since
+    for j in found: loss, good, bad = (loss, good, bad + 1) if j.wrong else (loss + j.loss, good + 1, bad)
+    return [loss, good, bad]
+
+# %% ../nbs/02i_health.ipynb #dba5a712
 class Decide(Judge):
     "Stops a run at bad steps, or records that they were left out."
     def __init__(self, recipe: Recipe, encoded: Encoded, run: Path): # run: its folder
         super().__init__(recipe)
-        self.encoded, self.run, self.since, self.in_a_row = encoded, run, [], 0
+        self.encoded, self.run, self.since, self.in_a_row = encoded, run, [0.0, 0, 0], 0
 
     def examples(self, bad: list[Judged]) -> list[list[str]]: # ids for each; by all processes together
         "The examples of bad steps."
@@ -203,8 +211,8 @@ class Decide(Judge):
         for j in found:
             self.in_a_row = self.in_a_row + 1 if j.wrong else 0
             if j.wrong and (self.recipe.on_bad_step == "stop" or self.in_a_row >= IN_A_ROW): self.stop(j, named[j.step])
-            if j.wrong and self.trainer.args.process_index == 0: append_line(self.run / "metrics.jsonl", bad_record(j, named[j.step]))
-        self.since += found
+            if j.wrong and self.trainer.args.process_index == 0: self.trainer.keeper.writer.write("metrics.jsonl", bad_record(j, named[j.step]))
+        self.since = added(self.since, found)
         return found
 
 # %% ../nbs/02i_health.ipynb #ac164e9d
@@ -220,15 +228,16 @@ def suspicious(j: Judged, memory: list[float] # the last step, and the memory af
     "Whether a step's loss alone is above the limit of the running mean."
     return not j.wrong and memory[0] > STEADY and j.loss > EXPLODED * max(memory[1], math.log(4))
 
-# %% ../nbs/02i_health.ipynb #e8ba4554
+# %% ../nbs/02i_health.ipynb #8a8ce5d4
 class Guard(TrainerCallback, Decide):
     "Looks when a line, a checkpoint, an evaluation or the end is due; goes before callbacks that write."
     def on_train_begin(self, args, state, control, **kwargs):
         kept = next((e for e in state.log_history if "guard" in e), dict(guard=[0.0] * 3, in_a_row=0))
-        self.memory, self.in_a_row = torch.tensor(kept["guard"], device=args.device), kept["in_a_row"]
-        self.flag, self.pending, self.since = torch.zeros((), device=args.device), [], []
+        self.memory, self.in_a_row, self.since = torch.tensor(kept["guard"], device=args.device), kept["in_a_row"], kept.get("since", [0.0, 0, 0])
+        self.flag, self.pending = torch.zeros((), device=args.device), []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps  # the last steps, too
         if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop or state.global_step >= state.max_steps): return
         found = self.check()
         if control.should_save: self.before_saving(found, state, control, model)
@@ -238,16 +247,17 @@ class Guard(TrainerCallback, Decide):
         if not weights_finite(model, self.trainer.args.world_size): raise ValueError(f"step {state.global_step}: weights of the adapter are not finite; lower learning_rate{newest(self.run)}")
         memory = self.memory.tolist()
         if found and suspicious(found[-1], memory) and state.global_step < state.max_steps: control.should_save = False
-        state.log_history = [e for e in state.log_history if "guard" not in e] + [dict(step=state.global_step, guard=memory, in_a_row=self.in_a_row)]
+        since = [0.0, 0, 0] if control.should_log else self.since  # a line is written ahead of the checkpoint
+        state.log_history = [e for e in state.log_history if "guard" not in e] + [dict(step=state.global_step, guard=memory, in_a_row=self.in_a_row, since=since)]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_loss" in (logs or {}) and not math.isfinite(logs["eval_loss"]): raise ValueError(f"step {state.global_step}: the loss on the evaluation rows is {logs['eval_loss']}; lower learning_rate, or look at these rows{newest(self.run)}")
         if "loss" not in (logs or {}): return
-        good, since, self.since = [j.loss for j in self.since if not j.wrong], self.since, []
-        if len(good) == len(since): return
+        (loss, good, bad), self.since = self.since, [0.0, 0, 0]
+        if not bad: return
         self.trainer._tr_loss.zero_()  # transformers subtracts the sum from itself, and NaN - NaN is no 0
         logs.pop("grad_norm", None)
-        logs.update(loss=sum(good) / len(good)) if good else logs.pop("loss")
+        logs.update(loss=loss / good) if good else logs.pop("loss")
         state.log_history[-1] = {k: v for k, v in state.log_history[-1].items() if k not in ("loss", "grad_norm")} | {k: v for k, v in logs.items() if k == "loss"}
 
 # %% ../nbs/02i_health.ipynb #f45a59b6

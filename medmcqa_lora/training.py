@@ -35,7 +35,7 @@ from .stopping import stoppable
 from .shards import fsdp_settings, is_sharded, keep_types, shard, whole_adapter
 from .checkpoints import Keeper, check_best, check_run_room, keep_checkpoints, open_checkpoint, rows_fingerprint
 
-# %% ../nbs/03_training.ipynb #e2d6e44d
+# %% ../nbs/03_training.ipynb #fdaf7788
 SAME_NAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "seed", "save_steps",
              "save_total_limit", "logging_steps", "eval_steps", "ddp_timeout")
@@ -49,7 +49,6 @@ def training_arguments(recipe: Recipe, # checked
     best = recipe.early_stopping_patience is not None
     same = {k: getattr(recipe, k) for k in SAME_NAME}
     same["per_device_eval_batch_size"] = min(recipe.per_device_eval_batch_size, PADDED_ROWS)  # rows of an evaluation's loss are padded
-    if recipe.max_steps > 0: same["logging_steps"] = min(recipe.logging_steps, recipe.max_steps)  # a short trial must log, too
     arguments = SFTConfig(**same | fsdp_settings(recipe), logging_nan_inf_filter=False, output_dir=str(run / "checkpoints"), data_seed=recipe.seed,
                           dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False, remove_unused_columns=recipe.backend == "unsloth",  # examples' numbers come along
                           bf16=recipe.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -122,12 +121,13 @@ class MetricsWriter(TrainerCallback):
                     "tokens": self.before + tokens, "tokens_per_s": round(speed, 1), "peak_memory_gib": round(peak_memory_gib(), 3)})
         self.seen, self.at = tokens, now
 
-# %% ../nbs/03_training.ipynb #f4ab9a5c
+# %% ../nbs/03_training.ipynb #f6fa66d6
 class Progress(TrainerCallback):
     "Shows optimizer steps, on rank 0."
     work = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.start = state.num_input_tokens_seen
         if state.is_world_process_zero: self.work = Work("train", state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -135,13 +135,15 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.work or "loss" not in (logs or {}): return
-        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(logs.get("num_tokens", state.num_input_tokens_seen) / self.work.elapsed, 1))
+        tokens = logs.get("num_tokens", state.num_input_tokens_seen - self.start)
+        self.work.update(state.global_step, loss=float(logs["loss"]), tokens_per_s=round(tokens / self.work.elapsed, 1))
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.work: note()  # an evaluation of the loss gets on, too
 
     def on_save(self, args, state, control, **kwargs):
-        if self.work: note(checkpoint=f"checkpoints/checkpoint-{state.global_step}")
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}")  # not there where a full disk is no reason to stop
+        if self.work and saved.is_dir(): note(checkpoint=f"checkpoints/{saved.name}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.work: self.work.close()
@@ -245,11 +247,11 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #a085eae9
+# %% ../nbs/03_training.ipynb #fe7a61de
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
-    "Run the steps; returns what the model card reports."
+    "Run the steps; returns what the model card reports; raises `ValueError` for a run without a logged loss."
     checkpoint = open_checkpoint(trainer, resume)
     with memory_explained(trainer.guard.recipe, trainer.args.world_size):
         if not restore_finished(trainer, checkpoint):
@@ -257,6 +259,7 @@ def train(trainer, run: Path, # its folder
     trainer.model.eval()
     trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None  # by all processes; only the first writes it
     lines = with_loss(read_lines(run / "metrics.jsonl"))
+    if not lines and trainer.is_world_process_zero(): raise ValueError(f"{run / 'metrics.jsonl'}: holds no loss, so there is nothing to report: all steps were skipped as bad, or early stopping came before logging_steps; lower learning_rate or logging_steps, and name another folder as out")
     if not lines: return {}
     return dict(steps=trainer.state.global_step, first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"], tokens=lines[-1]["tokens"],
                 seconds=training_seconds(lines), peak_memory_gib=round(max(m["peak_memory_gib"] for m in lines), 2))

@@ -1,4 +1,5 @@
 """Steps that must not train, and memory that runs out: what a run does, what it says, and what is left of it."""
+import errno
 import json
 import math
 import os
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from medmcqa_lora import checkpoints, training
 from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import read_lines
+from medmcqa_lora.files import DiskError, read_lines
 from medmcqa_lora.health import EXPLODED, IN_A_ROW, needed
 from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
 from medmcqa_lora.plan import RESERVE
 from medmcqa_lora.recipe import Recipe, load_recipe, problems, read_values
+from medmcqa_lora.stopping import StopOnRequest, Stopped
 from medmcqa_lora.training import make_trainer, train
 
 logging.disable_progress_bar()
@@ -70,6 +73,23 @@ def made(folder: Path, bad=(), how="none", processes=1, labels=True, **settings)
     spoiler = Spoil(model, bad, how)
     trainer.add_callback(spoiler)
     return trainer, spoiler
+
+
+def asked(trainer, step: int):
+    """The trainer, told to stop while it makes a step, as by Ctrl-C."""
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step:
+                next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnRequest)).ask()
+
+    trainer.add_callback(Ask())
+    return trainer
+
+
+def kept_lines(folder: Path) -> list[dict]:
+    """What a run's lines say about losses and skipped steps."""
+    return [{k: m[k] for k in ("step", "loss", "skipped", "examples", "tokens") if k in m} for m in read_lines(folder / "metrics.jsonl")]
 
 
 def adapter(model) -> dict:
@@ -145,6 +165,22 @@ def test_a_line_holds_the_good_steps_alone(tmp_path):
     assert lines[1]["loss"] == pytest.approx((each[0]["loss"] + each[2]["loss"]) / 2, rel=1e-6)
 
 
+def test_lines_of_skipped_steps_wait_for_room_too(tmp_path, capsys):
+    """save_errors = warn, and a disk that is full while steps 3 to 5 are made: nothing stops, and the lines come in their order."""
+    trainer, _ = made(tmp_path / "run", {3}, "loss", logging_steps=2, on_bad_step="skip", save_errors="warn")
+    append = training.append_lines
+
+    def append_lines(path, lines):
+        if 3 <= trainer.state.global_step <= 5:
+            raise DiskError(f"{path}: can't be written (No space left on device)")
+        append(path, lines)
+
+    with patch.object(training, "append_lines", append_lines):
+        train(trainer, tmp_path / "run")
+    assert [(m["step"], "skipped" in m) for m in read_lines(tmp_path / "run/metrics.jsonl")] == [(2, False), (3, True), (4, False), (6, False)]
+    assert capsys.readouterr().err.count("its lines wait (save_errors = warn)") == 2
+
+
 def test_too_many_skipped_steps_stop_the_run(tmp_path):
     trainer, _ = made(tmp_path / "run", range(2, 40), "loss", max_steps=20, save_steps=20, logging_steps=4, on_bad_step="skip")
     with pytest.raises(ValueError, match=f"step {IN_A_ROW + 1}: the loss is nan.*{IN_A_ROW} steps in a row were skipped"):
@@ -166,6 +202,81 @@ def test_going_on_past_a_bad_step(tmp_path):
     assert found == wanted
     memory = [next(e for e in t.state.log_history if "guard" in e) for t in (again, whole)]
     assert memory[0] == memory[1] and memory[0]["guard"][0] == 5.0  # it judges by the same reference
+
+
+@pytest.mark.parametrize("how", ["loss", "explode"])
+def test_going_on_between_a_bad_step_and_its_line(tmp_path, how):
+    """A checkpoint before the line that a skipped step belongs to: the sum of losses may be no number, and the line of a resumed run has the good steps' mean all the same."""
+    settings = dict(logging_steps=10, save_steps=5, max_steps=10, on_bad_step="skip", seed=3)
+
+    def spoiled(folder):
+        trainer, spoiler = made(folder, {3}, how, **settings)
+        spoiler.factor = math.nan if how == "loss" else 1e6
+        return trainer
+
+    class Lost(RuntimeError):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise Lost
+
+    (trainer := spoiled(tmp_path / "run")).add_callback(Kill())
+    with pytest.raises(Lost):
+        train(trainer, tmp_path / "run")
+    own = json.loads((tmp_path / "run/checkpoints/checkpoint-5/loop.json").read_text())["processes"][0]
+    assert (own["loss"] is None) == (how == "loss") and own["logged"] == 0
+    train(again := spoiled(tmp_path / "run"), tmp_path / "run", resume=True)
+    train(whole := spoiled(tmp_path / "whole"), tmp_path / "whole")
+    assert same(adapter(again.model), adapter(whole.model)) and kept_lines(tmp_path / "run") == kept_lines(tmp_path / "whole")
+    assert [m["step"] for m in kept_lines(tmp_path / "run")] == [3, 10] and kept_lines(tmp_path / "run")[1]["loss"] < 15
+
+
+def test_the_checkpoint_at_a_request_is_looked_at(tmp_path):
+    """Ctrl-C between two looks: what was bad since the last one is found before the checkpoint is written, and what was skipped is in the log."""
+    settings = dict(logging_steps=10, save_steps=10, max_steps=10)
+    trainer, _ = made(tmp_path / "stop", {3}, "loss", **settings)
+    with pytest.raises(ValueError, match="step 3: the loss is nan.*there is no checkpoint yet"):
+        train(asked(trainer, 4), tmp_path / "stop")
+    assert not list((tmp_path / "stop").glob("checkpoints/*"))
+    trainer, _ = made(tmp_path / "skip", {3}, "loss", on_bad_step="skip", **settings)
+    with pytest.raises(Stopped, match="behind step 4 as asked, with checkpoint-4"):
+        train(asked(trainer, 4), tmp_path / "skip")
+    assert [(m["step"], m["skipped"]) for m in read_lines(tmp_path / "skip/metrics.jsonl")] == [(3, "the loss is nan")]
+    memory, = (e for e in trainer.state.log_history if "guard" in e)
+    assert (memory["step"], memory["guard"][0]) == (4, 3.0)
+    again, _ = made(tmp_path / "skip", {3}, "loss", on_bad_step="skip", **settings)
+    train(again, tmp_path / "skip", resume=True)
+    whole, _ = made(tmp_path / "whole", {3}, "loss", on_bad_step="skip", **settings)
+    train(whole, tmp_path / "whole")
+    assert same(adapter(again.model), adapter(whole.model)) and kept_lines(tmp_path / "skip") == kept_lines(tmp_path / "whole")
+
+
+def test_a_request_waits_for_a_checkpoint_worth_it(tmp_path):
+    """The loss of the step is suspiciously high: the guard puts the checkpoint off, and training ends behind the next step."""
+    trainer, spoiler = made(tmp_path / "run", {7}, "explode", max_steps=12, save_steps=12)
+    spoiler.factor = 20.0
+    with pytest.raises(Stopped, match="behind step 8 as asked, with checkpoint-8"):
+        train(asked(trainer, 7), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("saved", [2, 0])
+def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
+    """save_errors = warn: transformers takes a checkpoint for saved that isn't; neither the message nor the heartbeat does."""
+    trainer, _ = made(tmp_path / "run", save_errors="warn", save_steps=2)
+    write, noted = checkpoints.write_parts, []
+
+    def write_parts(trainer, work):
+        if trainer.state.global_step > saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(trainer, work)
+
+    said = f"stopped behind step 4 as asked, but checkpoint-4 could not be saved; {'the last one is checkpoint-2' if saved else 'there is none before it'}; go on"
+    with patch.object(checkpoints, "write_parts", write_parts), patch.object(training, "note", lambda **facts: noted.append(facts)), pytest.raises(Stopped, match=said):
+        train(asked(trainer, 4), tmp_path / "run")
+    assert noted == [dict(checkpoint="checkpoints/checkpoint-2")] * (saved == 2)
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path):
@@ -206,6 +317,22 @@ def test_a_learning_rate_of_0(tmp_path):
         train(trainer, tmp_path / "one")
     two, _ = made(tmp_path / "two", max_steps=2, **settings)
     assert train(two, tmp_path / "two")["steps"] == 2
+
+
+@pytest.mark.parametrize("logging_steps, steps", [(10, [3]), (2, [2, 3]), (3, [3])])
+def test_the_last_steps_have_a_line(tmp_path, logging_steps, steps):
+    """Three steps, by epochs: a line at the end, once, whether it is due there or not."""
+    trainer, _ = made(tmp_path / "run", max_steps=-1, num_train_epochs=1.0, per_device_train_batch_size=4, logging_steps=logging_steps)
+    result = train(trainer, tmp_path / "run")
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [m["step"] for m in lines] == steps and result["steps"] == 3 and result["last_loss"] == lines[-1]["loss"]
+
+
+def test_a_run_of_skipped_steps_alone_is_an_error(tmp_path):
+    trainer, _ = made(tmp_path / "run", range(1, 4), "loss", max_steps=3, on_bad_step="skip")
+    with pytest.raises(ValueError, match="metrics.jsonl: holds no loss, so there is nothing to report: all steps were skipped"):
+        train(trainer, tmp_path / "run")
+    assert [m["step"] for m in read_lines(tmp_path / "run/metrics.jsonl") if "skipped" in m] == [1, 2, 3]
 
 
 def test_evaluation_rows_without_a_loss(tmp_path):
