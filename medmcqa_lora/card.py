@@ -71,7 +71,7 @@ def card_run(tuned_dir: Path # a finished evaluation
     if not os.access(run, os.W_OK): return None, f"{run}/README.md stays as it is: the folder can't be written"
     return run, ""
 
-# %% ../nbs/04h_card.ipynb #695d8d3d
+# %% ../nbs/04h_card.ipynb #28b100cc
 def write_run_card(run: Path, # from `card_run`
                    base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                    text: str, # the comparison, Markdown
@@ -81,7 +81,7 @@ def write_run_card(run: Path, # from `card_run`
     c, (base, tuned) = compare_evaluations(base_dir, tuned_dir), (read_evaluation(folder)[1] for folder in (base_dir, tuned_dir))
     recipe, env = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment"))
     try: hard = limits(recipe, env, tuned, without)
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json or environment.json is not as train leaves it ({e!r})") from None
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
     told = dict(adapter_sha256=adapter_digest(run / "adapter"), data_sha256=tuned["data_sha256"], n=c.n, majority_baseline=c.majority_baseline,
                 base={k: base[k] for k in ("accuracy", "ci95")}, tuned={k: tuned[k] for k in ("accuracy", "ci95")},
                 gain=dict(difference=round(c.difference, 6), ci95=c.difference_ci95, gained=c.gained, lost=c.lost, p_value=c.p_value),

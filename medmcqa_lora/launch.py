@@ -300,7 +300,7 @@ def start(config, # from `_launch_config`
         except (DistError, RendezvousError) as e: raise LaunchError(f"the hosts did not meet at {hosts[2] or 'this one'}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
         say_end(watch and watch.hosts, "done", "")
 
-# %% ../nbs/05_launch.ipynb #d40e9a5c
+# %% ../nbs/05_launch.ipynb #3baf21f3
 def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  folder: Path, # gets the executed notebooks; made if missing
                  parameters: dict, # typed values for its parameters cell
@@ -308,7 +308,6 @@ def run_notebook(notebook: str, # such as "nbs/runs/train.ipynb"
                  max_restarts: int = 0 # times that processes are started anew
                 ) -> Path: # rank 0's executed notebook
     "Execute a notebook in nproc × nnodes processes; raises `LaunchError` when one fails."
-    check_notebook(shipped(notebook))
     folder.mkdir(parents=True, exist_ok=True)
     name, logs = Path(notebook).stem, tempfile.mkdtemp(prefix="medmcqa_lora-")
     patience = int(os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")) - 2  # seconds until SIGKILL; torch's 30 are longer than a user waits
@@ -329,7 +328,7 @@ def check_free(folder: Path # of a run, or not there yet
     wait_until_free(folder)
     if folder.is_dir() and is_held(folder): raise ValueError(f"--out {folder}: another process writes there; wait for it to end, stop it, or name another folder")
 
-# %% ../nbs/05_launch.ipynb #22a7fcef
+# %% ../nbs/05_launch.ipynb #7bfaa2d9
 def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if the recipe has no `out`
                  resume: bool = False, nproc: int = 1, beside: bool = False, # the folder may hold other things, such as the base's evaluation
                  quiet: bool = False, # show nothing on the terminal
@@ -345,6 +344,7 @@ def launch_train(recipe: Recipe, name: str = "run", # for the folder's name if t
     if nnodes == 1: check_free(folder)  # other hosts of this run may be this machine
     if (slow := check_processes(nproc, **nodes)) and not quiet: print(slow, file=sys.stderr)
     recipe = settle_parallel(recipe, processes := nproc * nnodes)
+    check_notebook(shipped("nbs/runs/train.ipynb"))
     check_recipe_here(recipe, processes=processes)
     check_launch_room(folder, recipe)
     with reported(folder, "training", Interrupted, quiet, first=not node_rank):
@@ -369,7 +369,7 @@ def check_same_weights(adapter: Path, # a run's adapter/ folder
     made = (before.get("weights", recipe.weights), before.get("seed", recipe.seed) if before.get("weights", recipe.weights) == "random" else None)
     if made != asked: raise ValueError(f"adapter {adapter}: was trained on {made[0]} weights{f' of seed {made[1]}' if made[1] is not None else ''}, and these are {asked[0]}{f' of seed {asked[1]}' if asked[1] is not None else ''}; set -p weights {made[0]}")
 
-# %% ../nbs/05_launch.ipynb #0edb7054
+# %% ../nbs/05_launch.ipynb #fe8dccdd
 def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
                     folder: Path, # gets predictions and summary; empty, unless resumed
                     adapter: Path | None = None, # a run's adapter/ folder; none: the base model
@@ -386,6 +386,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     views, recipe = check_views(views), replace(recipe, parallel="auto") if recipe.parallel == "fsdp" else recipe  # scoring takes a whole copy in each process
     if orders: draw_orders(orders, recipe.seed)
     check_folder(folder, resume)
+    check_notebook(shipped("nbs/runs/evaluate.ipynb"))
     check_free(folder)
     if (slow := check_processes(nproc)) and not quiet: print(slow, file=sys.stderr)
     check_recipe_here(recipe, training=False)

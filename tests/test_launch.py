@@ -1,5 +1,6 @@
 """Runs in processes of their own: papermill under torch's launcher."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,12 +104,14 @@ def test_a_short_trial_logs_its_last_step(told):
 
 
 def test_failure_on_the_command_line_is_one_line(tmp_path):
-    """Not a wall of launcher text: the only line behind the run's own output is ours."""
-    done = subprocess.run([*COMMAND, "train", "--recipe", "toy", "-p", "max_length", "3", "--nproc-per-node", "2", "--out", str(tmp_path / "run")],
-                          capture_output=True, text=True, timeout=120)
+    """Not a wall of launcher text: the only line behind the run's own output is ours. The fault is one that kernels alone meet."""
+    (startup := tmp_path / "ipython/profile_default/startup").mkdir(parents=True)
+    (startup / "00.py").write_text("import medmcqa_lora.training as t\ndef fails(*args, **kwargs): raise ValueError('this fails in kernels')\nt.make_trainer = fails\n")
+    done = subprocess.run([*COMMAND, "train", "--recipe", "toy", "--nproc-per-node", "2", "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, timeout=120, env=os.environ | {"IPYTHONDIR": str(tmp_path / "ipython")})
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("medmcqa-lora: rank ") and "max_length = 3: no example fits" in last
+    assert last.startswith("medmcqa-lora: rank ") and "this fails in kernels" in last
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
 
 

@@ -147,8 +147,8 @@ RECIPES = {
 }
 
 OUT = {
-    "~": (toy("--out", "~/run"), ["--out ~/run: begins with ~"]),
-    "~ in a recipe": (ini("[a]\nmodel = toy-nemotron-h\nout = ~/run"), ["~/run: begins with ~"]),
+    "~ of nobody": (toy("--out", "~nobody-here/run"), ["--out ~nobody-here/run: begins with ~"]),
+    "~ of nobody in a recipe": (ini("[a]\nmodel = toy-nemotron-h\nout = ~nobody-here/run"), ["~nobody-here/run: begins with ~"]),
     "an address": (toy("--out", "s3://bucket/run"), ["is an address, not a folder"]),
     "back up behind a name": (toy("--out", "a/../../b"), ["goes back up with .. behind a name"]),
     "too long": (toy("--out", "x" * 300), ["is too long"]),
@@ -157,7 +157,7 @@ OUT = {
     "escapes": (lambda kit: ["evaluate", "--recipe", "toy", "--out", "a\x1b[2Jb"], ["--out a [2Jb: holds a character that doesn't print"]),
     "a list of overlaps with an escape": (lambda kit: ["check-data", "sample", "--against", "sample", "--out", "a\x07b"], ["--out a b: holds a character"]),
     "a folder that is in use": (lambda kit: ["train", "--recipe", "toy", "--out", put("run/notes.txt", "mine").parent], ["--out run: holds another run"]),
-    "a merged model under ~": (lambda kit: ["merge", kit.adapter(), "--out", "~/m"], ["--out ~/m: begins with ~"]),
+    "a merged model under ~ of nobody": (lambda kit: ["merge", kit.adapter(), "--out", "~nobody-here/m"], ["--out ~nobody-here/m: begins with ~"]),
     "an adapter's own folder": (lambda kit: ["merge", (a := kit.adapter()), "--out", a], ["is not empty"]),
     "an exported format that is a path": (lambda kit: ["export", kit.adapter(), "--out", "e", "--format", "../x"], ["--format ../x: is not known"]),
 }
