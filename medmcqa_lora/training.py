@@ -62,14 +62,15 @@ def training_arguments(recipe: Recipe, # checked
     if arguments.device.type == "cpu": vars(arguments)["_setup_devices"] = torch.device("cpu")  # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
     return arguments
 
-# %% ../nbs/03_training.ipynb #68da7f78
+# %% ../nbs/03_training.ipynb #13426cec
 MAY_CHANGE = ("out", "save_total_limit", "logging_steps", "report_to", "per_device_eval_batch_size", "fast", "ddp_timeout", "save_errors", "on_bad_step")  # don't decide a loss
 
 def start_run(recipe: Recipe, world, # `launch.World`: rank 0 writes
               resume: bool = False) -> Path: # the run's folder, made if missing
-    "Open a run's folder and record its settings; raises `ValueError` when resuming with others."
+    "Open a run's folder and record its settings; raises `ValueError` when resuming with others, or where another run's checkpoints are."
     run = Path(recipe.out or f"_runs/notebook-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     file, settings = run / "recipe.json", asdict(recipe)
+    if not resume and any(run.glob("checkpoints/checkpoint-*")): raise ValueError(f"{run}: holds another run; go on with it by resume = True, or name another out")
     if resume and file.exists():
         before = dict(drop_overlap="exact") | json.loads(file.read_text())  # what runs did before they could choose
         changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if k not in MAY_CHANGE and before.get(k) != v]
