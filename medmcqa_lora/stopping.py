@@ -58,10 +58,10 @@ class StopOnRequest(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs): self.wish.close()
 
-# %% ../nbs/03a_stopping.ipynb #d08b1d92
+# %% ../nbs/03a_stopping.ipynb #29c0adbd
 def stopped_words(step: int, saved: str) -> str: # saved: name of the last checkpoint, empty: none; one line
     "Where training was stopped, and from where it goes on."
-    there = f"with {saved}" if saved == f"checkpoint-{step}" else f"but checkpoint-{step} could not be saved; " + (f"the last one is {saved}" if saved else "there is none before it")
+    there = f"with {saved}" if saved == f"checkpoint-{step}" else f"but checkpoint-{step} could not be saved ({f'the last one is {saved}' if saved else 'there is none before it'})"
     return f"stopped behind step {step} as asked, {there}; go on with --resume (resume = True in the notebook)"
 
 # %% ../nbs/03a_stopping.ipynb #07377bf1

@@ -273,7 +273,7 @@ def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(trainer, work)
 
-    said = f"stopped behind step 4 as asked, but checkpoint-4 could not be saved; {'the last one is checkpoint-2' if saved else 'there is none before it'}; go on"
+    said = f"stopped behind step 4 as asked, but checkpoint-4 could not be saved \\({'the last one is checkpoint-2' if saved else 'there is none before it'}\\); go on"
     with patch.object(checkpoints, "write_parts", write_parts), patch.object(training, "note", lambda **facts: noted.append(facts)), pytest.raises(Stopped, match=said):
         train(asked(trainer, 4), tmp_path / "run")
     assert noted == [dict(checkpoint="checkpoints/checkpoint-2")] * (saved == 2)
