@@ -133,7 +133,7 @@ class Ending:
         "Raises `KeyboardInterrupt` if the worker is to end."
         if self.asked: raise KeyboardInterrupt
 
-# %% ../nbs/04h_guard.ipynb #e800f04c
+# %% ../nbs/04h_guard.ipynb #5cf329d1
 def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
     "A class of kernel managers whose kernel `ending` can end."
     from jupyter_client import AsyncKernelManager
@@ -143,6 +143,9 @@ def kernel_managers(ending: Ending) -> type: # a `jupyter_client.KernelManager`
             ending.manager = self
 
         async def shutdown_kernel(self, now=False, restart=False): await super().shutdown_kernel(now=now or ending.asked or ending.failed, restart=restart)
+
+        async def _async_interrupt_kernel(self): # before it is asked to end; an idle kernel would print that it was interrupted
+            if not self.shutting_down or ending.asked or ending.failed: await super()._async_interrupt_kernel()
     return Managed
 
 # %% ../nbs/04h_guard.ipynb #dd57a174

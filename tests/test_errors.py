@@ -288,7 +288,7 @@ def test_compare_needs_two_evaluations(cli, tmp_path):
     check_one_line(cli("compare", tmp_path, tmp_path), "summary.json")
     line = {"id": "q", "subject": "ENT", "answer": "A", "prediction": "B", "correct": False}
     summary = dict(n=1, accuracy=0.0, ci95=[0.0, 0.8], majority_baseline=1.0, letter_mass=0.5, by_subject={}, data_sha256="x")
-    for said, lines, expected in ((summary, [5], "line 1 is not a prediction"), (summary, [{**line, "id": 1}], "line 1"), (summary, [{**line, "correct": "yes"}], "line 1"),
+    for said, lines, expected in ((summary, [5], "line 1 is no JSON object"), (summary, [{**line, "id": 1}], "line 1"), (summary, [{**line, "correct": "yes"}], "line 1"),
                                   (summary, [], "holds no predictions"), ({}, [line], "n is missing"), ([], [line], "is not a JSON object"), ({**summary, "accuracy": None}, [line], "accuracy")):
         (tmp_path / "summary.json").write_text(json.dumps(said))
         (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

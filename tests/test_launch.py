@@ -52,6 +52,7 @@ def test_it_packs_and_says_so(one, tmp_path):
     assert "packing: on (relative change" in (one / "environment.json").read_text()
 
 
+@pytest.mark.skipif(not ALL, reason="make test-all; test_spread trains in two processes as in one")
 def test_two_processes_give_the_losses_of_one(one, tmp_path):
     two = launch_train(toy(tmp_path / "two", max_steps=6, save_steps=3, per_device_train_batch_size=4), nproc=2)
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-5, atol=1e-5)
