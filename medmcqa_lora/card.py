@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['question_set', 'header_results', 'leakage_limit', 'limits', 'card_run', 'write_run_card']
 
-# %% ../nbs/04h_card.ipynb #cba83799
+# %% ../nbs/04h_card.ipynb #0d46b442
 import os
 from pathlib import Path
 from .evaluation import compare_evaluations, read_evaluation, verdict, view_rows
@@ -15,7 +15,7 @@ from .model import adapter_digest
 from .orders import describe_orders
 from .report import published, run_of
 from .training import write_card
-from .untrusted import read_object
+from .untrusted import run_records
 
 # %% ../nbs/04h_card.ipynb #e1458b1b
 def question_set(summary: dict # of an evaluation
@@ -71,7 +71,7 @@ def card_run(tuned_dir: Path # a finished evaluation
     if not os.access(run, os.W_OK): return None, f"{run}/README.md stays as it is: the folder can't be written"
     return run, ""
 
-# %% ../nbs/04h_card.ipynb #28b100cc
+# %% ../nbs/04h_card.ipynb #d4b36c17
 def write_run_card(run: Path, # from `card_run`
                    base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                    text: str, # the comparison, Markdown
@@ -79,9 +79,7 @@ def write_run_card(run: Path, # from `card_run`
                   ) -> Path: # README.md
     "Keep a comparison in a run's folder and write its card anew."
     c, (base, tuned) = compare_evaluations(base_dir, tuned_dir), (read_evaluation(folder)[1] for folder in (base_dir, tuned_dir))
-    recipe, env = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment"))
-    try: hard = limits(recipe, env, tuned, without)
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
+    with run_records(run) as (recipe, env, _): hard = limits(recipe, env, tuned, without)
     told = dict(adapter_sha256=adapter_digest(run / "adapter"), data_sha256=tuned["data_sha256"], n=c.n, majority_baseline=c.majority_baseline,
                 base={k: base[k] for k in ("accuracy", "ci95")}, tuned={k: tuned[k] for k in ("accuracy", "ci95")},
                 gain=dict(difference=round(c.difference, 6), ci95=c.difference_ci95, gained=c.gained, lost=c.lost, p_value=c.p_value),

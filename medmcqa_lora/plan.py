@@ -13,7 +13,7 @@ __all__ = ['ROWS', 'GATHERED', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESER
            'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'link_bytes', 'speeds',
            'in_words', 'size_in_words', 'show_ways', 'describe_plan']
 
-# %% ../nbs/02d_plan.ipynb #eae74da2
+# %% ../nbs/02d_plan.ipynb #c871dc2f
 import bisect, json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from torch import nn
 from .recipe import Recipe, shipped
 from .mamba import LONGEST
 from .kernels import ROW_MULTIPLE
-from .model import block_kind, is_nano, list_matrices, lora_config, lora_report, planned_model, select
+from .model import block_kind, count_trainable, is_nano, list_matrices, lora_config, lora_report, planned_model, select
 
 # %% ../nbs/02d_plan.ipynb #b8411739
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
@@ -391,14 +391,14 @@ def largest_block(model: nn.Module # without LoRA; may live on the meta device
         if found := layer.search(name): sizes[found[1]] += p.numel()
     return max(sizes.values(), default=0)
 
-# %% ../nbs/02d_plan.ipynb #0b27ea0c
+# %% ../nbs/02d_plan.ipynb #da30c7a4
 def check_fit(model: nn.Module, # without LoRA, on the meta device
               recipe: Recipe, gpu_memory: float, # GiB of this process' GPU
               gpus: int = 1 # a process each
              ) -> None:
     "Raises `ValueError`, naming what would fit, where a recipe's training needs clearly more memory than the GPU has."
     recipe, blocks = settle_dtype(recipe, model), find_blocks(model, recipe)
-    parts = memory_parts(sum(p.numel() for p in model.parameters()), sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets)), recipe, gpus, largest_block(model))
+    parts = memory_parts(sum(p.numel() for p in model.parameters()), count_trainable(model, recipe), recipe, gpus, largest_block(model))
     needed = plan_memory(model.config, blocks, recipe, parts)[recipe.gradient_checkpointing].sum()  # of what is known
     if needed <= (1.02 if recipe.data in ROWS else 1.1) * gpu_memory: return
     fitting = {ck: largest_batch(model.config, blocks, recipe, parts, gpu_memory, ck) if blocks else 0 for ck in (recipe.gradient_checkpointing, True)}
@@ -552,7 +552,7 @@ def size_in_words(n: float # bytes
     "Bytes in words."
     return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
 
-# %% ../nbs/02d_plan.ipynb #08e3bc52
+# %% ../nbs/02d_plan.ipynb #1ece3f3f
 PARALLEL = {"ddp": "ddp: a copy each", "fsdp": "fsdp: a share each"}
 
 def show_ways(model: nn.Module, # without LoRA, on the meta device
@@ -560,7 +560,7 @@ def show_ways(model: nn.Module, # without LoRA, on the meta device
              ) -> str: # aligned text
     "What each way of spreading a model over GPUs needs and costs."
     total, kinds, epoch, blocks = sum(p.numel() for p in model.parameters()), kinds_table(model).set_index("block"), epoch_tokens(recipe)[1], find_blocks(model, recipe)
-    trainable = sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets))
+    trainable = count_trainable(model, recipe)
     outside, ways = int(kinds.parameters.get("outside", 0)), {p: replace(recipe, parallel=p) for p in PARALLEL}
     needs = {p: plan_memory(model.config, blocks, r, memory_parts(total, trainable, r, gpus, largest_block(model)))[r.gradient_checkpointing] for p, r in ways.items()}
     sent = {p: link_bytes(total, outside, trainable, r, gpus) for p, r in ways.items()}

@@ -8,13 +8,13 @@ __all__ = ['COLUMNS', 'published', 'counted', 'published_summaries', 'check_publ
            'is_run', 'run_of', 'run_facts', 'report_text', 'write_report', 'leaderboard_row', 'published_rows',
            'leaderboard']
 
-# %% ../nbs/04g_report.ipynb #aa7d25fa
+# %% ../nbs/04g_report.ipynb #fbae5d8b
 import json
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from .recipe import shipped
-from .untrusted import csv_text, in_markdown, read_object
+from .untrusted import csv_text, in_markdown, run_records
 from .evaluation import Comparison, compare_evaluations, plot_by_subject, read_evaluation, wilson
 from .files import save_figure, write_json, write_whole
 from .uncertainty import unpaired_interval
@@ -137,16 +137,14 @@ def run_of(folder: Path, summary: dict) -> Path | None: # of an evaluation; none
     if not summary.get("adapter"): return None
     return next((run for run in (Path(summary["adapter"]).parent, folder.parent) if is_run(run)), None)
 
-# %% ../nbs/04g_report.ipynb #fe17a05c
+# %% ../nbs/04g_report.ipynb #5213efae
 def run_facts(run: Path) -> dict: # recipe, commit, date, tokens, gpu_hours, hardware
     "What a run was and what it cost; raises `ValueError` if its files aren't a run's."
-    recipe, env, result = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result"))
-    try:
+    with run_records(run) as (recipe, env, result):
         gpus = env["hardware"]["gpus"]
         return dict(recipe=f"r = {recipe['lora_r']} on {', '.join(recipe['lora_targets'])}; learning rate {recipe['learning_rate']:g}; {result['steps']:,} steps, {result['epochs']:g} epochs; seed {recipe['seed']}",
                     commit=env["commit"][:12], date=env["date"][:10], tokens=result["tokens"], gpu_hours=round(result["seconds"] * env["processes"] / 3600, 3) if gpus else None,
                     hardware=f"{env['processes']} × {gpus[0]['name']}" if gpus else f"{env['hardware']['cores']} CPU cores")
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
 
 # %% ../nbs/04g_report.ipynb #4f0ba15e
 def report_text(ours: dict[str, dict], # label -> summary, of the published questions

@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'OTHE
            'recipe_target', 'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_title',
            'card_header', 'card_evaluation', 'card_text', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #ced4bbfa
+# %% ../nbs/03_training.ipynb #536ef27f
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from .recipe import Recipe, nearest
-from .untrusted import in_markdown, read_object
+from .untrusted import in_markdown, read_object, run_records
 from .data import Encoded
 from .files import DiskError, append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .folders import hold, release
@@ -195,18 +195,17 @@ def versions() -> dict[str, str]: # package -> version, for those installed
         except importlib.metadata.PackageNotFoundError: return None
     return {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := version(p))}
 
-# %% ../nbs/03_training.ipynb #6ab585f6
-def add_keeper(trainer, recipe: Recipe, run: Path, rows: tuple # `datasets.Dataset`s whose order decides losses
-              ) -> None:
+# %% ../nbs/03_training.ipynb #88b744ef
+def add_keeper(trainer, recipe: Recipe, run: Path, rows: tuple, # `datasets.Dataset`s whose order decides losses
+               writer: MetricsWriter) -> None:
     "Keep a trainer's checkpoints in its run's folder; raises `ValueError` if its disk hasn't the room."
     about = dict(processes=trainer.accelerator.num_processes, versions=versions())
     if trainer.is_world_process_zero():
         check_run_room(run, sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), len(trainer.processing_class), recipe)
         about["rows"] = rows_fingerprint(*rows)
-    writer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MetricsWriter))
     keep_checkpoints(trainer, Keeper(run, writer, about, recipe.save_errors))
 
-# %% ../nbs/03_training.ipynb #959374c1
+# %% ../nbs/03_training.ipynb #d09a0c6d
 def make_trainer(model, # a PEFT model, from `attach_lora`
                  tokenizer, encoded: Encoded, # training examples
                  recipe: Recipe, run: Path, # the run's folder
@@ -215,12 +214,12 @@ def make_trainer(model, # a PEFT model, from `attach_lora`
                 ) -> object: # a `trl.SFTTrainer`
     "TRL's trainer for a recipe."
     from trl import SFTTrainer
-    guard = Guard(recipe, encoded, run)
+    guard, writer = Guard(recipe, encoded, run), MetricsWriter(run, recipe.save_errors)
     watch = [EarlyStoppingCallback(recipe.early_stopping_patience)] if recipe.early_stopping_patience else []
     trainer = SFTTrainer(model=model, args=training_arguments(recipe, run), train_dataset=encoded.rows, processing_class=tokenizer,
-                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[guard, MetricsWriter(run, recipe.save_errors), Progress(), *watch])
+                         eval_dataset=evaluation.rows if recipe.eval_steps and evaluation else None, callbacks=[guard, writer, Progress(), *watch])
     trainer.remove_callback(PrinterCallback)
-    add_keeper(trainer, recipe, run, (encoded.rows, trainer.eval_dataset))
+    add_keeper(trainer, recipe, run, (encoded.rows, trainer.eval_dataset), writer)
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's own, beside every checkpoint, names no model
     if packed: pack_training(trainer, recipe)
     shard(trainer)
@@ -391,13 +390,11 @@ def card_text(recipe: dict, env: dict, result: dict, # the run's records
                        commit=env["commit"][:12] or "unknown", date=env["date"], evaluation=evaluation, overlap=f" {overlap_words(env.get('overlap', {}))}".rstrip())
     return f"{head}\n{text}"
 
-# %% ../nbs/03_training.ipynb #f43b31e9
+# %% ../nbs/03_training.ipynb #9b48c5ab
 def write_card(run: Path # with recipe.json, environment.json and result.json; perhaps with what `compare` left
               ) -> Path: # README.md
     "Write the run's model card; raises `ValueError` if the run's records aren't as train leaves them."
-    recipe, env, result = (read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result"))
-    try: text = card_text(recipe, env, result, *card_evaluation(run))
-    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
+    with run_records(run) as (recipe, env, result): text = card_text(recipe, env, result, *card_evaluation(run))
     return write_whole(run / "README.md", text)
 
 # %% ../nbs/03_training.ipynb #bee42b58

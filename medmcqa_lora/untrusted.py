@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'MOST_LAYERS', 'IMPORTS', 'FLOATS', 'short', 'label', 'in_markdown', 'csv_text', 'is_text', 'no_number',
-           'no_repeats', 'read_object', 'path_trick', 'check_name', 'file_beside', 'check_model_config',
+           'no_repeats', 'read_object', 'run_records', 'path_trick', 'check_name', 'file_beside', 'check_model_config',
            'check_adapter_config', 'check_scaled', 'check_notebook', 'literal']
 
 # %% ../nbs/00b_untrusted.ipynb #569fba7d
 import json, os, re
+from contextlib import contextmanager
 from pathlib import Path
 from .files import visible
 
@@ -67,6 +68,14 @@ def read_object(file: Path, remedy: str # what to do about a broken one
     except ValueError as e: raise ValueError(f"{file}: not JSON ({short(str(e), 120)}); {remedy}") from None
     if not isinstance(value, dict): raise ValueError(f"{file}: is not a JSON object; {remedy}")
     return value
+
+# %% ../nbs/00b_untrusted.ipynb #f2530e7e
+@contextmanager
+def run_records(run: Path): # recipe, env, result
+    "A run's records, to be used within; raises `ValueError` if they aren't as train leaves them."
+    records = [read_object(run / f"{n}.json", "it is not as train leaves it") for n in ("recipe", "environment", "result")]
+    try: yield records
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{run}: recipe.json, environment.json or result.json is not as train leaves it ({e!r})") from None
 
 # %% ../nbs/00b_untrusted.ipynb #4563f1a0
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
