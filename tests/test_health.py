@@ -31,13 +31,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Spoil(TrainerCallback):
-    """Spoils what a model computes, or its gradients, in some steps, by a factor that a recorded step reads as well; keeps the rows that the model saw."""
+    """Spoils what a model computes, or its gradients, in some steps, by a factor that a recorded step reads as well; keeps the rows that went to the model."""
 
     def __init__(self, model, steps, how):
         first = next(p for p in model.parameters() if p.requires_grad)
         self.on, self.steps, self.how, self.seen, self.scale = False, set(steps), how, {}, torch.ones((), device=first.device)
         self.factor = {"loss": math.nan, "gradient": math.inf}.get(how, 1e3)
-        model.get_base_model().register_forward_pre_hook(self.look, with_kwargs=True)
         if how == "gradient":
             first.register_hook(lambda g: g * self.scale)
         elif how != "none":
@@ -49,9 +48,16 @@ class Spoil(TrainerCallback):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 MiB is free.")
         return out * self.scale.to(out.dtype)
 
-    def look(self, module, args, kwargs):
-        if module.training:
-            self.seen.setdefault(self.step, []).append(kwargs["input_ids"].clone())
+    def watch(self, trainer):
+        """See the rows on their way to the model: a recorded step runs no hook of a module."""
+        prepare = trainer._prepare_inputs
+
+        def look(inputs):
+            if trainer.model.training:
+                self.seen.setdefault(self.step, []).append(inputs["input_ids"].clone())
+            return prepare(inputs)
+
+        trainer._prepare_inputs = look
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step + 1
@@ -61,7 +67,8 @@ class Spoil(TrainerCallback):
 
 def made(folder: Path, bad=(), how="none", processes=1, labels=True, **settings):
     """A trainer whose model is spoiled in some steps, and its spoiler."""
-    settings = dict(max_steps=6, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant", target="letter_and_text", warmup_steps=0) | settings
+    settings = dict(max_steps=6, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant", target="letter_and_text", warmup_steps=0,
+                    dtype="bfloat16" if torch.cuda.is_available() else "float32") | settings  # a GPU records steps
     recipe = Recipe(model="toy-nemotron-h", lora_r=4, lora_alpha=8, lora_targets=["attention", "mamba_in", "shared_experts"], **settings)
     tokenizer = load_tokenizer(recipe)
     encoded, held_out = (encode_questions(part.questions[:12], tokenizer, recipe) for part in load_pair(recipe))
@@ -72,6 +79,7 @@ def made(folder: Path, bad=(), how="none", processes=1, labels=True, **settings)
     trainer = make_trainer(model, tokenizer, encoded, recipe, folder, held_out, packed=recipe.packing != "off")
     spoiler = Spoil(model, bad, how)
     trainer.add_callback(spoiler)
+    spoiler.watch(trainer)
     return trainer, spoiler
 
 
@@ -109,7 +117,7 @@ def named(trainer, rows: list[torch.Tensor], padded: bool) -> list[str]:
             found += [next(i for ids, i in whole.items() if tuple(r[: len(ids)].tolist()) == ids) for r in row]
         else:
             rest = tuple(row[0].tolist())
-            while rest:
+            while len(set(rest)) > 1:  # behind the last, a GPU's rows are filled up with one token
                 ids = next(ids for ids in whole if rest[: len(ids)] == ids)
                 found.append(whole[ids])
                 rest = rest[len(ids) :]
