@@ -279,11 +279,11 @@ def _load_hf(where: str, recipe: Recipe) -> nn.Module:
     refuse_differences(recipe.model, differences(info))
     return settle(model, recipe)
 
-# %% ../nbs/02_model.ipynb #8b8c381b
+# %% ../nbs/02_model.ipynb #84a15ee9
 def _load_unsloth(where: str, recipe: Recipe) -> nn.Module:
     from unsloth import FastLanguageModel  # patches transformers: must come before its model classes are used
     model, _ = FastLanguageModel.from_pretrained(model_name=where, dtype=getattr(torch, recipe.dtype, None), load_in_4bit=False,
-                                                 max_seq_length=recipe.max_length, trust_remote_code=False)
+                                                 max_seq_length=recipe.max_length, device_map={"": str(device())}, trust_remote_code=False)
     return model
 
 # %% ../nbs/02_model.ipynb #61be4204

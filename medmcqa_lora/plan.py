@@ -65,8 +65,8 @@ def weight_width(recipe: Recipe # with a dtype that is not auto
     "What a number of a frozen weight takes."
     return 4 if recipe.dtype == "float32" else 2
 
-# %% ../nbs/02d_plan.ipynb #7180ee3b
-GATHERED = 3  # blocks' weights that are whole at once in FSDP2, at most; not measured yet
+# %% ../nbs/02d_plan.ipynb #3c19d7e3
+GATHERED = 2  # blocks' weights that are whole at once in FSDP2; 1.8 largest ones were measured
 
 def memory_parts(total: int, # parameters of the base model
                  trainable: int, # of the adapter
@@ -473,12 +473,12 @@ def show_table(table: pd.DataFrame) -> str: # aligned text
     text = table.map(word).to_string(index=False)
     return "\n".join(f"  {line}" for line in text.splitlines())
 
-# %% ../nbs/02d_plan.ipynb #674ed042
+# %% ../nbs/02d_plan.ipynb #91057ae0
 def show_memory(memory: pd.DataFrame, # from `plan_memory`
                 recipe: Recipe, fits: dict[str, list[str]] # more lines: label -> a word for each column
                ) -> str: # aligned text
     "Memory by part as text; the recipe's own choice is marked."
-    def line(label, cells): return f"  {label:<42}" + "".join(f"{c:>18}" for c in cells)
+    def line(label, cells): return f"  {label:<48}" + "".join(f"{c:>18}" for c in cells)
     def number(v): return "not known" if math.isnan(v) else f"{v:.2f}"
     heads = [f"{name}{'*' * (recipe.gradient_checkpointing == ck)}" for ck, name in ((False, "kept"), (True, "checkpointed"))]
     sums = [("" if memory[ck].notna().all() else "over ") + f"{memory[ck].sum():.2f}" for ck in memory]
@@ -519,8 +519,8 @@ def size_of(n: int) -> str: # such as "31.58 B"
     "A number of parameters in words."
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
-# %% ../nbs/02d_plan.ipynb #83f0ba27
-LINK = 450e9  # bytes a second that reach a GPU over NVLink, by NVIDIA's data sheet of the H100
+# %% ../nbs/02d_plan.ipynb #1667134f
+LINK = {"ddp": 450e9, "fsdp": 180e9}  # bytes a second that reach a GPU: NVLink's, by NVIDIA's data sheet of the H100; measured, gathering included
 
 def link_bytes(total: int, outside: int, # parameters of the base model, and those of them outside of blocks
                trainable: int, # of the adapter
@@ -552,7 +552,7 @@ def size_in_words(n: float # bytes
     "Bytes in words."
     return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
 
-# %% ../nbs/02d_plan.ipynb #1ece3f3f
+# %% ../nbs/02d_plan.ipynb #c7670709
 PARALLEL = {"ddp": "ddp: a copy each", "fsdp": "fsdp: a share each"}
 
 def show_ways(model: nn.Module, # without LoRA, on the meta device
@@ -564,12 +564,12 @@ def show_ways(model: nn.Module, # without LoRA, on the meta device
     outside, ways = int(kinds.parameters.get("outside", 0)), {p: replace(recipe, parallel=p) for p in PARALLEL}
     needs = {p: plan_memory(model.config, blocks, r, memory_parts(total, trainable, r, gpus, largest_block(model)))[r.gradient_checkpointing] for p, r in ways.items()}
     sent = {p: link_bytes(total, outside, trainable, r, gpus) for p, r in ways.items()}
-    def line(label, cells): return f"  {label:<42}" + "".join(f"{c:>28}" for c in cells)
+    def line(label, cells): return f"  {label:<48}" + "".join(f"{c:>28}" for c in cells)
     lines = [line(f"over {gpus} GPUs, a process each (estimated)", PARALLEL.values()), line("GiB in each GPU", ["over " * bool(m.isna().any()) + f"{m.sum():.2f}" for m in needs.values()])]
     if gpu_memory: lines.append(line(f"into {gpu_memory:g} GiB, with 5% to spare", ["does NOT fit" if m.sum() * RESERVE > gpu_memory else "not known" if m.isna().any() else "fits" for m in needs.values()]))
-    lines.append(line(f"reaches each GPU in a step, at {LINK / 1e9:.0f} GB/s", [f"{size_in_words(n)}, {1e3 * n / LINK:,.2f} ms" for n in sent.values()]))
+    lines.append(line("reaches each GPU in a step, at {:.0f} and {:.0f} GB/s".format(*(LINK[p] / 1e9 for p in sent)), [f"{size_in_words(n)}, {1e3 * n / LINK[p]:,.2f} ms" for p, n in sent.items()]))
     if found := nearest_measurement(total, recipe, tokens := micro_batch_tokens(recipe, will_pack(recipe))[0]):
-        both = [speeds(tokens, max(tokens, found[0].tokens) / found[0].tokens_per_s, n / LINK, recipe.gradient_accumulation_steps, gpus) for n in sent.values()]
+        both = [speeds(tokens, max(tokens, found[0].tokens) / found[0].tokens_per_s, n / LINK[p], recipe.gradient_accumulation_steps, gpus) for p, n in sent.items()]
         lines.append(line("tokens/s, from those of one GPU", [in_words(*s) for s in both]))
         if epoch: lines.append(line("minutes an epoch", [in_words(epoch / s[1] / 60, epoch / s[0] / 60, ".1f") for s in both]))
     return "\n".join(lines)
