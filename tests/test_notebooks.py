@@ -26,9 +26,12 @@ def executed(request, tmp_path_factory) -> dict[Path, Future]:
 def test_notebook(notebook: Path, executed: dict[Path, Future]):
     """nbdev-test in a process of its own, from the first cell to the last; the outputs are kept for the site."""
     executed[notebook].result()
-    skipped = sum("#| gpu" in "".join(c["source"]) for c in json.loads(notebook.read_text())["cells"])
-    if skipped:
-        warnings.warn(f"{notebook.name}: {skipped} cells need a GPU and were not run")
+    found = json.loads(build_docs.kept(notebook.relative_to(ROOT / "nbs").as_posix()).read_text())
+    assert any(o.get("data") for c in found["cells"] for o in c.get("outputs", [])), "a reader is shown no value"
+    need = [source for c in found["cells"] if "#| gpu" in (source := "".join(c["source"]))]
+    assert all(source.startswith("#| gpu\nif torch.cuda.is_available():\n") for source in need), "in JupyterLab it would fail where there is no GPU"
+    if need:
+        warnings.warn(f"{notebook.name}: {len(need)} cells need a GPU and were not run")
 
 
 def test_all_numbered_notebooks_are_found():
