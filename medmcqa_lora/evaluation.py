@@ -12,7 +12,7 @@ __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts',
            'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
            'comparison_table', 'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #ad315a75
+# %% ../nbs/04_evaluation.ipynb #047a4452
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ from .untrusted import csv_text, is_text, label as shown_label, read_object
 from .data import LETTERS, MOST_DRAWN, Question, fingerprint, render_prompt, render_target
 from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .progress import Work
+from .health import describe_scoring_error, memory_explained
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
 from .model import adapter_digest
 
@@ -186,7 +187,7 @@ def one_behind(batches: list, begin # function of a batch that begins its work a
         if len(waiting) > 1: before, records = waiting.pop(0); yield before, records()
     for batch, records in waiting: yield batch, records()
 
-# %% ../nbs/04_evaluation.ipynb #0af20a19
+# %% ../nbs/04_evaluation.ipynb #6abbec24
 def run_batches(questions: list[Question], rows: list[list[int]], # N, and their N × (T,) ids
                 batches: list[list[int]], # indices of questions, of all processes
                 folder: Path, kind: str, # exists; name of the records
@@ -199,10 +200,11 @@ def run_batches(questions: list[Question], rows: list[list[int]], # N, and their
     trim_lines(file)
     mine, tokens = [b for b in batches[rank::world_size] if any(questions[i].id not in done for i in b)], 0
     shown = Work(kind, sum(map(len, mine)), "question", quiet=quiet or rank > 0, state="scoring")
-    for batch, records in one_behind(mine, work):
-        append_lines(file, [r for r in records if r["id"] not in done])
-        tokens += sum(len(rows[i]) for i in batch)
-        shown.update(shown.facts["step"] + len(batch), tokens_per_s=round(tokens / shown.elapsed, 1))
+    with memory_explained(lambda said: describe_scoring_error(said, max(map(len, mine)))):
+        for batch, records in one_behind(mine, work):
+            append_lines(file, [r for r in records if r["id"] not in done])
+            tokens += sum(len(rows[i]) for i in batch)
+            shown.update(shown.facts["step"] + len(batch), tokens_per_s=round(tokens / shown.elapsed, 1))
     shown.close()
 
 # %% ../nbs/04_evaluation.ipynb #1f90ee11

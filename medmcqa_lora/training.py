@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'OTHE
            'recipe_target', 'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_title',
            'card_header', 'card_evaluation', 'card_text', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #536ef27f
+# %% ../nbs/03_training.ipynb #37247543
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -28,7 +28,7 @@ from .folders import hold, release
 from .model import adapter_digest, save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
-from .health import Guard, memory_explained, with_loss
+from .health import Guard, describe_memory_error, memory_explained, with_loss
 from .progress import Work, note
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .stopping import stoppable
@@ -247,13 +247,13 @@ def training_seconds(lines: list[dict] # of metrics.jsonl
     tokens = [0, *(m["tokens"] for m in lines)]
     return round(sum((after - before) / m["tokens_per_s"] for before, after, m in zip(tokens, tokens[1:], lines) if m["tokens_per_s"]), 1)
 
-# %% ../nbs/03_training.ipynb #fe7a61de
+# %% ../nbs/03_training.ipynb #230354aa
 def train(trainer, run: Path, # its folder
           resume: bool = False # go on from the last checkpoint, if there is one
          ) -> dict: # steps, first_loss, last_loss, tokens, seconds, peak_memory_gib; empty on a host without the run's metrics
     "Run the steps; returns what the model card reports; raises `ValueError` for a run without a logged loss."
     checkpoint = open_checkpoint(trainer, resume)
-    with memory_explained(trainer.guard.recipe, trainer.args.world_size):
+    with memory_explained(lambda said: describe_memory_error(said, trainer.guard.recipe, trainer.args.world_size)):
         if not restore_finished(trainer, checkpoint):
             with stoppable(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.model.eval()

@@ -420,6 +420,31 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-2"]
 
 
+MEMORY = """
+import sys
+if any("ipykernel" in word for word in sys.orig_argv):
+    from importlib import import_module
+    import torch
+    def gone(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 MiB is free.")
+    module, name = {where!r}
+    setattr(import_module(module), name, gone)
+"""
+
+
+@pytest.mark.parametrize("where, command, said", [
+    (("medmcqa_lora.model", "_load_hf"), "train", "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; see who else uses the memory"),
+    (("medmcqa_lora.evaluation", "letters_ahead"), "evaluate", "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
+], ids=["loading", "scoring"])
+def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
+    """By the public command, in whose kernel the allocator gives up in one place."""
+    if not ALL and command == "evaluate":
+        pytest.skip("make test-all: scoring, which 04_evaluation tests in its own process")
+    (tmp_path / "sitecustomize.py").write_text(MEMORY.format(where=where))
+    done = subprocess.run([sys.executable, "-c", "from medmcqa_lora.cli import main; main()", command, "--recipe", "toy", "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(f"medmcqa-lora: rank 0: out of memory: 1.5 GiB more were asked for, and this GPU has 79.1 GiB in all, {said}"), done.stderr[-3000:]
+
+
 PROCESS = """
 import json, os, sys; sys.path[:0] = {path!r}
 from pathlib import Path
