@@ -450,9 +450,10 @@ def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: n
     row, own = found
     seconds = max(tokens, row.tokens) / row.tokens_per_s  # of a micro-batch
     steps = count_steps(recipe, rows, gpus)
-    hours = f", so {steps * recipe.gradient_accumulation_steps * seconds / 3600:.1f} h for {steps:,} steps" if steps else ""
+    minutes = steps * recipe.gradient_accumulation_steps * seconds / 60
+    takes = f", so {minutes:.1f} min for {steps:,} steps" if 0 < minutes < 120 else f", so {minutes / 60:.1f} h for {steps:,} steps" if steps else ""
     batch = f"{row['rows']} examples in a row, {row.tokens:,} tokens" if row.packed else f"{row['rows']} × {row.length:,} tokens"
-    return (f"Time: {'measured' if own else 'estimated'} {seconds:.2f} s a micro-batch{hours}{', GPUs not waiting for each other' * (gpus > 1)}\n  from {row.tokens_per_s:,} tokens/s measured on one {row.gpu}: {batch}, "
+    return (f"Time: {'measured' if own else 'estimated'} {seconds:.2f} s a micro-batch{takes}{', GPUs not waiting for each other' * (gpus > 1)}\n  from {row.tokens_per_s:,} tokens/s measured on one {row.gpu}: {batch}, "
             f"checkpointing {'on' if row.gradient_checkpointing else 'off'}, {CODE[row.way]}{', 8-bit floats' * (row.quantization == 'fp8')}, {row.weights} weights\n  ({row.date}, commit {row.commit if isinstance(row.commit, str) else 'not recorded'}, {row.source})")
 
 # %% ../nbs/02d_plan.ipynb #67b48770
