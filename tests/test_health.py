@@ -431,14 +431,13 @@ if any("ipykernel" in word for word in sys.orig_argv):
 """
 
 
+@pytest.mark.skipif(not ALL, reason="make test-all; 02i_health has the words, 04_evaluation has scoring in its own process")
 @pytest.mark.parametrize("where, command, said", [
     (("medmcqa_lora.model", "_load_hf"), "train", "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; see who else uses the memory"),
     (("medmcqa_lora.evaluation", "letters_ahead"), "evaluate", "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
 ], ids=["loading", "scoring"])
 def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
     """By the public command, in whose kernel the allocator gives up in one place."""
-    if not ALL and command == "evaluate":
-        pytest.skip("make test-all: scoring, which 04_evaluation tests in its own process")
     (tmp_path / "sitecustomize.py").write_text(MEMORY.format(where=where))
     done = subprocess.run([sys.executable, "-c", "from medmcqa_lora.cli import main; main()", command, "--recipe", "toy", "--out", str(tmp_path / "run")],
                           capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
