@@ -906,6 +906,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'medmcqa_lora.plan.block_temporary': ('plan.html#block_temporary', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.check_fit': ('plan.html#check_fit', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.choose_parallel': ('plan.html#choose_parallel', 'medmcqa_lora/plan.py'),
+                                   'medmcqa_lora.plan.columns': ('plan.html#columns', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.count_kept': ('plan.html#count_kept', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.count_steps': ('plan.html#count_steps', 'medmcqa_lora/plan.py'),
                                    'medmcqa_lora.plan.describe_plan': ('plan.html#describe_plan', 'medmcqa_lora/plan.py'),

@@ -10,8 +10,8 @@ __all__ = ['ROWS', 'GATHERED', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESER
            'find_blocks', 'mamba_temporary', 'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak',
            'measured_rows', 'measured_pass', 'settle_dtype', 'plan_pass', 'will_pack', 'plan_memory', 'largest_batch',
            'largest_block', 'check_fit', 'choose_parallel', 'nearest_measurement', 'count_steps', 'plan_time',
-           'kinds_table', 'show_table', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'link_bytes', 'speeds',
-           'in_words', 'size_in_words', 'show_ways', 'describe_plan']
+           'kinds_table', 'show_table', 'columns', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'link_bytes',
+           'speeds', 'in_words', 'size_in_words', 'show_ways', 'describe_plan']
 
 # %% ../nbs/02d_plan.ipynb #c871dc2f
 import bisect, json, math, re, warnings
@@ -441,7 +441,7 @@ def count_steps(recipe: Recipe, rows: int, # an epoch's examples; 0: not known
     if recipe.max_steps > 0: return recipe.max_steps
     return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * gpus) * recipe.num_train_epochs)
 
-# %% ../nbs/02d_plan.ipynb #b31e260d
+# %% ../nbs/02d_plan.ipynb #d2db2e34
 def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: not known
               gpus: int) -> str: # lines
     "How long a run takes, from the nearest measurement."
@@ -451,7 +451,7 @@ def plan_time(total: int, recipe: Recipe, rows: int, # an epoch's examples; 0: n
     seconds = max(tokens, row.tokens) / row.tokens_per_s  # of a micro-batch
     steps = count_steps(recipe, rows, gpus)
     minutes = steps * recipe.gradient_accumulation_steps * seconds / 60
-    takes = f", so {minutes:.1f} min for {steps:,} steps" if 0 < minutes < 120 else f", so {minutes / 60:.1f} h for {steps:,} steps" if steps else ""
+    takes = f", so {f'{minutes:.1f} min' if minutes < 120 else f'{minutes / 60:.1f} h'} for {steps:,} steps" if steps else ""
     batch = f"{row['rows']} examples in a row, {row.tokens:,} tokens" if row.packed else f"{row['rows']} × {row.length:,} tokens"
     return (f"Time: {'measured' if own else 'estimated'} {seconds:.2f} s a micro-batch{takes}{', GPUs not waiting for each other' * (gpus > 1)}\n  from {row.tokens_per_s:,} tokens/s measured on one {row.gpu}: {batch}, "
             f"checkpointing {'on' if row.gradient_checkpointing else 'off'}, {CODE[row.way]}{', 8-bit floats' * (row.quantization == 'fp8')}, {row.weights} weights\n  ({row.date}, commit {row.commit if isinstance(row.commit, str) else 'not recorded'}, {row.source})")
@@ -474,12 +474,18 @@ def show_table(table: pd.DataFrame) -> str: # aligned text
     text = table.map(word).to_string(index=False)
     return "\n".join(f"  {line}" for line in text.splitlines())
 
-# %% ../nbs/02d_plan.ipynb #91057ae0
+# %% ../nbs/02d_plan.ipynb #08474247
+def columns(label: str, cells: list[str], width: int # characters of a cell
+           ) -> str: # a line
+    "A label and cells below those of other lines."
+    return f"  {label:<48}" + "".join(f"{c:>{width}}" for c in cells)
+
+# %% ../nbs/02d_plan.ipynb #e6503102
 def show_memory(memory: pd.DataFrame, # from `plan_memory`
                 recipe: Recipe, fits: dict[str, list[str]] # more lines: label -> a word for each column
                ) -> str: # aligned text
     "Memory by part as text; the recipe's own choice is marked."
-    def line(label, cells): return f"  {label:<48}" + "".join(f"{c:>18}" for c in cells)
+    def line(label, cells): return columns(label, cells, 18)
     def number(v): return "not known" if math.isnan(v) else f"{v:.2f}"
     heads = [f"{name}{'*' * (recipe.gradient_checkpointing == ck)}" for ck, name in ((False, "kept"), (True, "checkpointed"))]
     sums = [("" if memory[ck].notna().all() else "over ") + f"{memory[ck].sum():.2f}" for ck in memory]
@@ -553,7 +559,7 @@ def size_in_words(n: float # bytes
     "Bytes in words."
     return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
 
-# %% ../nbs/02d_plan.ipynb #c7670709
+# %% ../nbs/02d_plan.ipynb #f862c3dd
 PARALLEL = {"ddp": "ddp: a copy each", "fsdp": "fsdp: a share each"}
 
 def show_ways(model: nn.Module, # without LoRA, on the meta device
@@ -565,7 +571,7 @@ def show_ways(model: nn.Module, # without LoRA, on the meta device
     outside, ways = int(kinds.parameters.get("outside", 0)), {p: replace(recipe, parallel=p) for p in PARALLEL}
     needs = {p: plan_memory(model.config, blocks, r, memory_parts(total, trainable, r, gpus, largest_block(model)))[r.gradient_checkpointing] for p, r in ways.items()}
     sent = {p: link_bytes(total, outside, trainable, r, gpus) for p, r in ways.items()}
-    def line(label, cells): return f"  {label:<48}" + "".join(f"{c:>28}" for c in cells)
+    def line(label, cells): return columns(label, cells, 28)
     lines = [line(f"over {gpus} GPUs, a process each (estimated)", PARALLEL.values()), line("GiB in each GPU", ["over " * bool(m.isna().any()) + f"{m.sum():.2f}" for m in needs.values()])]
     if gpu_memory: lines.append(line(f"into {gpu_memory:g} GiB, with 5% to spare", ["does NOT fit" if m.sum() * RESERVE > gpu_memory else "not known" if m.isna().any() else "fits" for m in needs.values()]))
     lines.append(line("reaches each GPU in a step, at {:.0f} and {:.0f} GB/s".format(*(LINK[p] / 1e9 for p in sent)), [f"{size_in_words(n)}, {1e3 * n / LINK[p]:,.2f} ms" for p, n in sent.items()]))
