@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PADDED_MULTIPLE', 'SUMMARY_KEYS', 'letter_tokens', 'encode_prompts', 'pad_right', 'last_places', 'prompt_batch',
            'send', 'fetch', 'letters_ahead', 'letter_logprobs', 'prediction', 'records_file', 'read_records',
-           'length_batches', 'even_batches', 'scoring_batches', 'one_behind', 'run_batches', 'choose_scoring',
-           'score_questions', 'collect', 'wilson', 'share', 'majority_baseline', 'summarise', 'subject_table',
-           'plot_by_subject', 'plot_letters', 'view_rows', 'views_table', 'plot_views', 'begin_evaluation',
-           'record_packing', 'was_packed', 'write_evaluation', 'Comparison', 'mcnemar', 'paired_interval',
-           'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations', 'verdict',
-           'comparison_table', 'write_comparison']
+           'length_batches', 'even_batches', 'scoring_batches', 'one_behind', 'describe_scoring_error', 'run_batches',
+           'choose_scoring', 'score_questions', 'collect', 'wilson', 'share', 'majority_baseline', 'summarise',
+           'subject_table', 'plot_by_subject', 'plot_letters', 'view_rows', 'views_table', 'plot_views',
+           'begin_evaluation', 'record_packing', 'was_packed', 'write_evaluation', 'Comparison', 'mcnemar',
+           'paired_interval', 'whole_share', 'lacking_in', 'whole_prediction', 'read_evaluation', 'compare_evaluations',
+           'verdict', 'comparison_table', 'write_comparison']
 
-# %% ../nbs/04_evaluation.ipynb #047a4452
+# %% ../nbs/04_evaluation.ipynb #3ed47211
 import json, math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,9 +27,8 @@ from .untrusted import csv_text, is_text, label as shown_label, read_object
 from .data import LETTERS, MOST_DRAWN, Question, fingerprint, render_prompt, render_target
 from .files import append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .progress import Work
-from .health import describe_scoring_error, memory_explained
 from .kernels import choose_packing, fill_row, packing_collator, row_multiple
-from .model import adapter_digest
+from .model import adapter_digest, memory_explained, shortage
 
 # %% ../nbs/04_evaluation.ipynb #81014463
 def letter_tokens(prompt: str, # any rendered prompt
@@ -186,6 +185,13 @@ def one_behind(batches: list, begin # function of a batch that begins its work a
         waiting.append((batch, begin(batch)))
         if len(waiting) > 1: before, records = waiting.pop(0); yield before, records()
     for batch, records in waiting: yield batch, records()
+
+# %% ../nbs/04_evaluation.ipynb #1ba601c0
+def describe_scoring_error(text: str, # of the allocator
+                           most: int # questions in a batch
+                          ) -> str: # one line
+    "What was asked for, and what to lower."
+    return f"{shortage(text)}, scoring {most} questions at once; lower per_device_eval_batch_size and go on with --resume: what is scored stays"
 
 # %% ../nbs/04_evaluation.ipynb #6abbec24
 def run_batches(questions: list[Question], rows: list[list[int]], # N, and their N × (T,) ids

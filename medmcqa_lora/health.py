@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['STEADY', 'EXPLODED', 'RECENT', 'NOT_FINITE', 'TOO_HIGH', 'NO_TARGET', 'NO_RATE', 'NAMED', 'IN_A_ROW', 'LENGTHS',
-           'UNITS', 'judge', 'cause', 'Traced', 'blame', 'name', 'Judged', 'withhold', 'Rows', 'Judge', 'newest',
-           'bad_record', 'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss',
-           'needed', 'changes', 'that_fit', 'asked', 'shortage', 'describe_memory_error', 'describe_loading_error',
-           'describe_scoring_error', 'memory_explained']
+           'judge', 'cause', 'Traced', 'blame', 'name', 'Judged', 'withhold', 'Rows', 'Judge', 'newest', 'bad_record',
+           'stop_words', 'added', 'Decide', 'weights_finite', 'suspicious', 'Guard', 'with_loss', 'needed', 'changes',
+           'that_fit', 'describe_memory_error']
 
-# %% ../nbs/02i_health.ipynb #ae2d1b07
-import math, re
-from contextlib import contextmanager
+# %% ../nbs/02i_health.ipynb #4ebea373
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd, torch, torch.distributed as dist
@@ -20,8 +18,8 @@ from transformers import TrainerCallback
 from .recipe import Recipe, problems
 from .data import Encoded
 from .files import write_json
-from .model import count_trainable, planned_model
-from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory, settle_dtype, size_in_words, weight_width
+from .model import asked, count_trainable, planned_model, settle_dtype, shortage
+from .plan import RESERVE, find_blocks, largest_block, memory_parts, plan_memory
 from .step import whole
 from .checkpoints import checkpoints
 
@@ -297,22 +295,6 @@ def that_fit(recipe: Recipe, processes: int, room: float, # GiB
         if len(found) < most and (first := next((c for c in usable if needed(replace(recipe, **c), processes).sum() <= room), None)): found.append(first)
     return found
 
-# %% ../nbs/02i_health.ipynb #606b0adc
-UNITS = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2**10}
-
-def asked(text: str # of an out-of-memory error
-         ) -> tuple[float, float]: # GiB asked for, GiB that the device has; 0 where it isn't said
-    "What an allocator says."
-    found = [re.search(p, text) for p in (r"allocate ([\d.]+) (bytes|[KMGT]iB)", r"capacity of ([\d.]+) (bytes|[KMGT]iB)")]
-    return tuple(float(m[1]) * UNITS[m[2]] if m else 0.0 for m in found)
-
-# %% ../nbs/02i_health.ipynb #76030c50
-def shortage(text: str # of the allocator
-            ) -> str: # such as "out of memory: 1.5 GiB more were asked for, and this GPU has 79.1 GiB in all"
-    "The beginning of a message."
-    more, has = asked(text)
-    return "out of memory" + (f": {size_in_words(more * 2**30)} more were asked for" if more else "") + (f", and this GPU has {has:.1f} GiB in all" if has else "")
-
 # %% ../nbs/02i_health.ipynb #bbc2052b
 def describe_memory_error(text: str, # of the allocator
                           recipe: Recipe, processes: int) -> str: # one line
@@ -326,28 +308,3 @@ def describe_memory_error(text: str, # of the allocator
     ways = that_fit(recipe, processes, min(has / RESERVE or math.inf, parts.sum() - more))
     words = [" ".join(f"-p {k} {str(v).lower()}" for k, v in c.items()) for c in ways]
     return f"{told}; {'by the plan ' + ', or '.join(words) + ' would fit' if words else 'no change of the recipe would fit by the plan: take a larger GPU, or more of them with parallel fsdp'} (see medmcqa-lora plan)"
-
-# %% ../nbs/02i_health.ipynb #aa992398
-def describe_loading_error(text: str, # of the allocator
-                           recipe: Recipe) -> str: # one line
-    "What was asked for, and how much the weights take."
-    recipe = settle_dtype(recipe, model := planned_model(recipe.model))
-    size = sum(p.numel() for p in model.parameters()) * weight_width(recipe)
-    return f"{shortage(text)}, loading {recipe.model}, whose weights take {size_in_words(size)} in {recipe.dtype}; see who else uses the memory (nvidia-smi), take a larger GPU, -p quantization fp8, or several with -p parallel fsdp"
-
-def describe_scoring_error(text: str, # of the allocator
-                           most: int # questions in a batch
-                          ) -> str: # one line
-    "What was asked for, and what to lower."
-    return f"{shortage(text)}, scoring {most} questions at once; lower per_device_eval_batch_size and go on with --resume: what is scored stays"
-
-# %% ../nbs/02i_health.ipynb #14f1b501
-@contextmanager
-def memory_explained(describe): # function of an allocator's words that gives one line
-    "Raises `ValueError` where an allocator gives up."
-    try: yield
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e): raise
-        words = describe(str(e))
-    else: return
-    raise ValueError(words)  # out here: the error's frames hold what didn't fit

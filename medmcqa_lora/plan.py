@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'GATHERED', 'UP', 'DOWN', 'UNEXPLAINED', 'LOSS_CHUNK', 'RESERVE', 'CODE', 'LINK', 'PARALLEL',
-           'question_lengths', 'epoch_tokens', 'micro_batch_tokens', 'weight_width', 'memory_parts', 'Pass',
-           'lora_kept', 'head_size', 'attention_kept', 'square_copy', 'mlp_kept', 'expert_size', 'routed_kept',
-           'mamba_sizes', 'own_scan', 'mamba_kept', 'Block', 'apart', 'norm_kept', 'block_kept', 'count_kept',
-           'find_blocks', 'mamba_temporary', 'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak',
-           'measured_rows', 'measured_pass', 'settle_dtype', 'plan_pass', 'will_pack', 'plan_memory', 'largest_batch',
-           'largest_block', 'check_fit', 'choose_parallel', 'nearest_measurement', 'count_steps', 'plan_time',
-           'kinds_table', 'show_table', 'columns', 'show_memory', 'plan_data', 'fit_lines', 'size_of', 'link_bytes',
-           'speeds', 'in_words', 'size_in_words', 'show_ways', 'describe_plan']
+           'question_lengths', 'epoch_tokens', 'micro_batch_tokens', 'memory_parts', 'Pass', 'lora_kept', 'head_size',
+           'attention_kept', 'square_copy', 'mlp_kept', 'expert_size', 'routed_kept', 'mamba_sizes', 'own_scan',
+           'mamba_kept', 'Block', 'apart', 'norm_kept', 'block_kept', 'count_kept', 'find_blocks', 'mamba_temporary',
+           'routed_temporary', 'block_temporary', 'loss_bytes', 'activation_peak', 'measured_rows', 'measured_pass',
+           'plan_pass', 'will_pack', 'plan_memory', 'largest_batch', 'largest_block', 'check_fit', 'choose_parallel',
+           'nearest_measurement', 'count_steps', 'plan_time', 'kinds_table', 'show_table', 'columns', 'show_memory',
+           'plan_data', 'fit_lines', 'size_of', 'link_bytes', 'speeds', 'in_words', 'show_ways', 'describe_plan']
 
-# %% ../nbs/02d_plan.ipynb #c871dc2f
+# %% ../nbs/02d_plan.ipynb #b69db9e8
 import bisect, json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch import nn
 from .recipe import Recipe, shipped
 from .mamba import LONGEST
 from .kernels import ROW_MULTIPLE
-from .model import block_kind, count_trainable, is_nano, list_matrices, lora_config, lora_report, planned_model, select
+from .model import block_kind, count_trainable, is_nano, list_matrices, lora_config, lora_report, planned_model, select, settle_dtype, size_in_words, weight_width
 
 # %% ../nbs/02d_plan.ipynb #b8411739
 ROWS = {"openlifescienceai/medmcqa": 182_822, "openlifescienceai/medmcqa_formatted": 182_822}  # training rows, from the data sets' pages
@@ -58,12 +57,6 @@ def micro_batch_tokens(recipe: Recipe, packed: bool # a micro-batch's examples i
     size = 2 ** math.ceil(math.log2(batch * max(lengths) + 1))
     sums = np.fft.irfft(np.fft.rfft(share, size) ** batch, size)
     return round(batch * mean), int(np.searchsorted(sums.cumsum(), 1 - 1e-4))
-
-# %% ../nbs/02d_plan.ipynb #5c3ac79e
-def weight_width(recipe: Recipe # with a dtype that is not auto
-                ) -> int: # bytes
-    "What a number of a frozen weight takes."
-    return 4 if recipe.dtype == "float32" else 2
 
 # %% ../nbs/02d_plan.ipynb #3c19d7e3
 GATHERED = 2  # blocks' weights that are whole at once in FSDP2; 1.8 largest ones were measured
@@ -334,12 +327,6 @@ def measured_pass(row) -> Pass: # of a row of `measured_rows`
     way = dict(fused=row.way != "plain", grouped=row.way in ("experts", "prototype", "whole"), wide=row.autocast, whole=whole)
     return Pass(1, row.computed, examples=row["rows"], longest=row.length, step=whole, **way) if row.packed else Pass(row["rows"], row.length, **way)
 
-# %% ../nbs/02d_plan.ipynb #3d15df5a
-def settle_dtype(recipe: Recipe, model: nn.Module # may live on the meta device
-                ) -> Recipe: # with a dtype that is not auto
-    "A recipe with the type that its weights are stored in, where it takes them as they are."
-    return replace(recipe, dtype=str(getattr(model.config, "dtype", None) or torch.bfloat16)[6:]) if recipe.dtype == "auto" else recipe
-
 # %% ../nbs/02d_plan.ipynb #06966277
 def plan_pass(c, # the model's configuration
               recipe: Recipe, packed: bool # a micro-batch's examples in one row
@@ -552,12 +539,6 @@ def in_words(low: float, high: float, # low ≤ high
              form: str = ",.0f") -> str: # such as "40,000 to 50,000"; one number where both read the same within 1%
     "A range in words."
     return f"{high:{form}}" if low > 0.99 * high else f"{low:{form}} to {high:{form}}"
-
-# %% ../nbs/02d_plan.ipynb #e5cc22f8
-def size_in_words(n: float # bytes
-                 ) -> str: # such as "65 MiB"
-    "Bytes in words."
-    return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
 
 # %% ../nbs/02d_plan.ipynb #f862c3dd
 PARALLEL = {"ddp": "ddp: a copy each", "fsdp": "fsdp: a share each"}

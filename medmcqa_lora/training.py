@@ -9,7 +9,7 @@ __all__ = ['SAME_NAME', 'MAY_CHANGE', 'PACKAGES', 'CARD', 'NOT_EVALUATED', 'OTHE
            'recipe_target', 'plot_loss', 'LiveCurve', 'git_commit', 'hardware', 'environment', 'card_title',
            'card_header', 'card_evaluation', 'card_text', 'write_card', 'finish_run']
 
-# %% ../nbs/03_training.ipynb #37247543
+# %% ../nbs/03_training.ipynb #938d5a64
 import importlib.metadata, importlib.util, json, math, os, platform, resource, subprocess, sys, time
 from dataclasses import asdict
 from datetime import timedelta
@@ -25,10 +25,10 @@ from .untrusted import in_markdown, read_object, run_records
 from .data import Encoded
 from .files import DiskError, append_lines, read_lines, save_figure, trim_lines, write_json, write_whole
 from .folders import hold, release
-from .model import adapter_digest, save_adapter
+from .model import adapter_digest, memory_explained, save_adapter
 from .kernels import PADDED_ROWS, packing_collator, row_multiple
 from .leakage import overlap_words
-from .health import Guard, describe_memory_error, memory_explained, with_loss
+from .health import Guard, describe_memory_error, with_loss
 from .progress import Work, note
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from .stopping import stoppable
