@@ -38,13 +38,13 @@ lab: .venv/.installed  ## JupyterLab on the notebooks
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab nbs  # tqdm's bars are text here; its advice would stand in every notebook
 
 docs: .venv/.installed  ## the site, in _docs/: Quarto where it is installed, else a preview
-	$(BIN)/python .ci/build_docs.py
+	$(BIN)/python tools/build_docs.py
 
 gates: .venv/.installed  ## export in sync, notebooks clean, README current, lint, sizes
-	$(BIN)/python .ci/gates.py
+	$(BIN)/python tools/gates.py
 
 prepare: .venv/.installed  ## before a commit: export, clean, README, tests
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	$(BIN)/python .ci/make_readme.py
+	$(BIN)/python tools/make_readme.py
 	$(MAKE) test

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from isolation import GROUPS, make_recipe
 from torch import nn
 
-from medmcqa_lora.blocks import in_float8
-from medmcqa_lora.kernels import describe_kernels, packing_collator
-from medmcqa_lora.model import attach_lora, load_model
-from medmcqa_lora.training import git_commit, hardware, versions
+from medmcqa_lora.fast.blocks import in_float8
+from medmcqa_lora.fast.packing import packing_collator
+from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.environment import KERNELS, git_commit, hardware, versions
 
 
 def examples(chunk: int, vocabulary: int, seed: int, ordinary: int) -> list[dict]:
@@ -62,9 +64,9 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 @contextmanager
 def pytorch_alone():
     """transformers' Mamba blocks by its PyTorch code, each example in a row of its own, also where its kernels are installed."""
-    code, kernels = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h"), importlib.import_module("medmcqa_lora.kernels")
-    plain = {name: inspect.unwrap(getattr(code, name)) for name in kernels.KERNELS}
-    with patch.multiple(code, **plain), patch.object(kernels, "missing_kernels", lambda: ("left out",)):
+    code, mamba = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h"), importlib.import_module("medmcqa_lora.fast.mamba")
+    plain = {name: inspect.unwrap(getattr(code, name)) for name in KERNELS}
+    with patch.multiple(code, **plain), patch.object(mamba, "missing_kernels", lambda: ("left out",)):
         yield
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from medmcqa_lora.training import git_commit, hardware, versions
+from medmcqa_lora.core.environment import git_commit, hardware, versions
 
 
 def alternate(variants: dict, repeats: int, warm: bool = True) -> dict[str, list[float]]:

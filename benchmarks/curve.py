@@ -20,12 +20,16 @@ from pathlib import Path
 import torch
 from isolation import GROUPS
 
-from medmcqa_lora.data import encode_questions, identity, load_questions
-from medmcqa_lora.files import append_line, read_lines
-from medmcqa_lora.kernels import packing_collator
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-from medmcqa_lora.recipe import Recipe
-from medmcqa_lora.training import git_commit, hardware, make_trainer, train, versions
+from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.core.files import append_line, read_lines
+from medmcqa_lora.fast.packing import packing_collator
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.environment import git_commit, hardware, versions
+from medmcqa_lora.training.trainer import make_trainer, train
 
 WINDOW = 20  # steps of the running mean, which takes out what one batch differs from another
 

@@ -22,10 +22,12 @@ import torch
 from common import record, spread
 from torch.utils.data import DataLoader
 
-from medmcqa_lora.data import encode_questions, load_pair, read_file
-from medmcqa_lora.kernels import packing_collator
-from medmcqa_lora.model import load_tokenizer
-from medmcqa_lora.recipe import Recipe
+from medmcqa_lora.data.sources import read_file
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.fast.packing import packing_collator
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.core.recipe import Recipe
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = ("question", "opa", "opb", "opc", "opd", "exp")

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
-from medmcqa_lora.experts import grouped_experts
+from medmcqa_lora.fast.experts import grouped_experts
 
 SIZES = {  # full: NVIDIA-Nemotron-3-Nano-30B-A3B
     "toy": dict(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96),

@@ -18,11 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from medmcqa_lora.evaluation import letter_logprobs, pad_right
-from medmcqa_lora.kernels import describe_kernels, packing_collator
-from medmcqa_lora.model import TOY, attach_lora, load_model
-from medmcqa_lora.recipe import Recipe, shipped
-from medmcqa_lora.training import git_commit, hardware, versions
+from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right
+from medmcqa_lora.fast.packing import packing_collator
+from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.environment import git_commit, hardware, versions
 
 GROUPS = ["attention", "mamba_in", "shared_experts", "routed_experts"]
 

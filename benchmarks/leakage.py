@@ -25,8 +25,10 @@ from common import record, spread
 from data import REAL, fresh_of, make_rows, peak
 from scipy import sparse
 
-from medmcqa_lora.data import load_questions, read_file
-from medmcqa_lora.leakage import DROPS, NEAR, describe_overlaps, find_overlaps, jaccard, overlap_key, shingles
+from medmcqa_lora.data.sources import read_file
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.data.similarity import NEAR, jaccard, overlap_key, shingles
+from medmcqa_lora.data.leakage import DROPS, describe_overlaps, find_overlaps
 
 FIELDS = ("question", "opa", "opb", "opc", "opd")
 OPTIONS = FIELDS[1:]

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, predicted by `medmcqa_lora.plan` and measured.
+"""Peak memory of training steps, predicted by `medmcqa_lora.training.memory` and measured.
 
     python benchmarks/memory.py --device cuda --commit $(git rev-parse HEAD)     # the 30B model, random weights made on the device
     python benchmarks/memory.py                                                  # toy size on the CPU, a check of this script
@@ -24,14 +24,21 @@ from common import allocated_on_cpu
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from medmcqa_lora.data import Encoded, sample_tokenizer
-from medmcqa_lora.experts import is_grouped
-from medmcqa_lora.fused import is_fused
-from medmcqa_lora.kernels import ROW_MULTIPLE, can_use_varlen, missing_kernels, row_multiple
-from medmcqa_lora.model import TOY, attach_lora, empty_model, load_model
-from medmcqa_lora.plan import Pass, activation_peak, find_blocks, memory_parts
-from medmcqa_lora.recipe import Recipe, check_recipe, shipped
-from medmcqa_lora.training import git_commit, hardware, make_trainer, versions
+from medmcqa_lora.data.tokens import Encoded, sample_tokenizer
+from medmcqa_lora.fast.experts import is_grouped
+from medmcqa_lora.fast.layers import is_fused
+from medmcqa_lora.core.environment import missing_kernels
+from medmcqa_lora.fast.packing import ROW_MULTIPLE, can_use_varlen, row_multiple
+from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.checkpoint import empty_model
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.training.memory.activations import Pass, activation_peak, find_blocks
+from medmcqa_lora.training.memory.fit import memory_parts
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import Recipe, check_recipe
+from medmcqa_lora.core.environment import git_commit, hardware, versions
+from medmcqa_lora.training.trainer import make_trainer
 
 THREE = ("attention", "mamba_in", "shared_experts")
 

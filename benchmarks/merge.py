@@ -17,7 +17,7 @@ import torch
 from common import alternate, record, spread
 
 VARIANTS = {
-    "ours": "from medmcqa_lora.merge import merge_adapter\ndef work(): merge_adapter(adapter, out, base)",
+    "ours": "from medmcqa_lora.model.merge import merge_adapter\ndef work(): merge_adapter(adapter, out, base)",
     "PEFT": """from peft import PeftModel
 def work():
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
@@ -43,8 +43,11 @@ def make(folder: Path) -> tuple[Path, Path]:
     """A base and an adapter on it."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
-    from medmcqa_lora.model import TOY, attach_lora, load_model, save_adapter
-    from medmcqa_lora.recipe import Recipe
+    from medmcqa_lora.model.resolve import TOY
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.lora import attach_lora
+    from medmcqa_lora.model.adapter import save_adapter
+    from medmcqa_lora.core.recipe import Recipe
 
     torch.manual_seed(0)
     config = NemotronHConfig(**TOY | dict(hybrid_override_pattern="ME*EME", hidden_size=1024, n_routed_experts=32, moe_intermediate_size=2048, moe_shared_expert_intermediate_size=2048))

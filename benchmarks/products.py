@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from medmcqa_lora.bench import between, mark, synchronise
-from medmcqa_lora.experts import expert_product
-from medmcqa_lora.files import append_line
-from medmcqa_lora.float8 import has_float8, product, quantise, quantise_matrix
-from medmcqa_lora.training import git_commit, hardware, versions
+from medmcqa_lora.bench.profile import between, mark, synchronise
+from medmcqa_lora.fast.experts import expert_product
+from medmcqa_lora.core.files import append_line
+from medmcqa_lora.core.environment import has_float8
+from medmcqa_lora.fast.float8 import product, quantise, quantise_matrix
+from medmcqa_lora.core.environment import git_commit, hardware, versions
 
 DENSE = {"in_proj": (2688, 10304), "out_proj and o": (4096, 2688), "q": (2688, 4096), "shared up": (2688, 3712), "shared down": (3712, 2688)}  # in, out
 ROUTED = {"experts up": (2688, 1856), "experts down": (1856, 2688)}

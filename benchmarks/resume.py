@@ -21,8 +21,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from medmcqa_lora.cli import join_params
-from medmcqa_lora.files import append_line, read_lines
-from medmcqa_lora.training import git_commit, hardware, versions
+from medmcqa_lora.core.files import append_line, read_lines
+from medmcqa_lora.core.environment import git_commit, hardware, versions
 
 HERE = Path(__file__).resolve()
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]

@@ -19,12 +19,16 @@ from pathlib import Path
 import torch
 from common import alternate, record, spread
 
-from medmcqa_lora.data import LETTERS, load_questions, render_prompt
-from medmcqa_lora.evaluation import read_records, score_questions
-from medmcqa_lora.generation import generate_answers
-from medmcqa_lora.model import load_model, load_tokenizer
-from medmcqa_lora.options import score_options
-from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.data.schemas import LETTERS
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.data.prompts import render_prompt
+from medmcqa_lora.evaluation.records import read_records
+from medmcqa_lora.evaluation.letters import score_questions
+from medmcqa_lora.evaluation.generation import generate_answers
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.evaluation.options import score_options
+from medmcqa_lora.core.recipe_files import load_recipe
 
 
 def ours(model, tokenizer, questions, recipe) -> dict[str, str]:

@@ -27,31 +27,24 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from medmcqa_lora.bench import (
-    VARIANTS,
-    Load,
-    between,
-    count_flops,
-    cut_model,
-    examples_a_step,
-    make_lengths,
-    make_rows,
-    mark,
-    passed_parameters,
-    spread,
-    synchronise,
-    variant_recipe,
-)
+from medmcqa_lora.bench.variants import VARIANTS, Load, count_flops, cut_model, examples_a_step, make_lengths, make_rows, passed_parameters, variant_recipe
+from medmcqa_lora.bench.profile import between, mark, spread, synchronise
 from medmcqa_lora.cli import join_params, recipe_of
-from medmcqa_lora.data import Encoded, encode_questions, load_questions
-from medmcqa_lora.files import append_line, read_lines, write_json
-from medmcqa_lora.kernels import choose_packing, describe_kernels
-from medmcqa_lora.launch import join_world
-from medmcqa_lora.model import attach_lora, empty_model, load_config, load_model, load_tokenizer
-from medmcqa_lora.plan import ROWS
-from medmcqa_lora.recipe import Recipe, check_recipe
-from medmcqa_lora.step import Recording
-from medmcqa_lora.training import git_commit, hardware, make_trainer, peak_memory_gib, versions
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.data.tokens import Encoded, encode_questions
+from medmcqa_lora.core.files import append_line, read_lines, write_json
+from medmcqa_lora.fast.packing import choose_packing
+from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.launch.worker import join_world
+from medmcqa_lora.model.resolve import load_config, load_tokenizer
+from medmcqa_lora.model.checkpoint import empty_model
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.training.memory.fit import ROWS
+from medmcqa_lora.core.recipe import Recipe, check_recipe
+from medmcqa_lora.training.step import Recording
+from medmcqa_lora.core.environment import git_commit, hardware, peak_memory_gib, versions
+from medmcqa_lora.training.trainer import make_trainer
 
 HERE = Path(__file__).resolve()
 

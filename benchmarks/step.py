@@ -15,10 +15,13 @@ from common import alternate, record, spread
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from medmcqa_lora.data import encode_questions, load_questions
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.training import make_trainer
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.training.trainer import make_trainer
 
 
 class Clock(TrainerCallback):

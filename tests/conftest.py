@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs two files at a time; what they start inherits it
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
-sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import pytest  # noqa: E402
 
@@ -41,7 +41,7 @@ def train_rows() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    from medmcqa_lora.model import resolve_model
+    from medmcqa_lora.model.resolve import resolve_model
 
     try:
         return resolve_model("smollm2-135m-instruct")

@@ -11,31 +11,22 @@ import pytest
 import torch
 from conftest import ALL
 
-from medmcqa_lora import fused, kernels, step, training
-from medmcqa_lora.bench import (
-    KINDS,
-    LEVERS,
-    VARIANTS,
-    Load,
-    Variant,
-    ablate,
-    cut_model,
-    examples_a_step,
-    make_lengths,
-    measure,
-    passed_parameters,
-    plot_kernels,
-    prepare,
-    random_files,
-    run_variant,
-    save_random,
-    swapped,
-    taken,
-)
-from medmcqa_lora.experts import is_grouped
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.model import list_matrices, load_model, planned_model
-from medmcqa_lora.recipe import Recipe, load_recipe, shipped
+from medmcqa_lora.fast import layers, mamba, operations, packing
+from medmcqa_lora.training import step, trainer
+from medmcqa_lora.bench.variants import VARIANTS, Load, Variant, cut_model, examples_a_step, make_lengths, passed_parameters, random_files, save_random
+from medmcqa_lora.bench.profile import KINDS
+from medmcqa_lora.bench.measure import measure, prepare
+from medmcqa_lora.bench.ablation import LEVERS, ablate, swapped, taken
+from medmcqa_lora.bench.tables import plot_kernels
+from medmcqa_lora.bench.run import run_variant
+from medmcqa_lora.fast.experts import is_grouped
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import list_matrices
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
 SMALL = ("--tokens", 256, "--steps", 3, "--warmup", 1)
 
@@ -105,7 +96,7 @@ def test_unsloth_gets_the_random_weights(tmp_path):
 ])
 def test_unsloth_is_refused_before_weights_are_written(change, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("medmcqa_lora.bench.random_files", lambda *a: pytest.fail("weights were written"))
+    monkeypatch.setattr("medmcqa_lora.bench.measure.random_files", lambda *a: pytest.fail("weights were written"))
     recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), lora_targets=["attention", "mamba_in", "shared_experts", "routed_experts"], **change)
     with pytest.raises(ValueError, match=expected):
         measure(recipe, "unsloth", Load(tokens=256), tmp_path)
@@ -147,7 +138,7 @@ def test_out_is_a_file(cli, tmp_path):
 
 def test_killed_process_leaves_a_reason(tmp_path, monkeypatch):
     """Out of the host's memory, a process is killed and can't say so."""
-    monkeypatch.setattr("medmcqa_lora.bench.sys.executable", "/bin/false")
+    monkeypatch.setattr("medmcqa_lora.bench.run.sys.executable", "/bin/false")
     found = run_variant(load_recipe("toy"), "ours", Load(), tmp_path / "log")
     assert found == {"failed": "the process ended with 1: it printed nothing"}
 
@@ -174,7 +165,8 @@ def test_cut_30b_model(tmp_path):
 
 def test_lengths_are_those_of_real_questions(validation):
     """The shipped histogram's are SmolLM2's tokens; another tokenizer's have another mean, and a similar spread."""
-    from medmcqa_lora.data import encode_questions, load_questions, sample_tokenizer
+    from medmcqa_lora.data.questions import load_questions
+    from medmcqa_lora.data.tokens import encode_questions, sample_tokenizer
 
     questions = load_questions(str(validation)).questions
     some = random.Random(0).sample(questions, 500)
@@ -219,7 +211,7 @@ def ready(tmp_path_factory):
             torch.nn.init.normal_(p, std=0.05)
     for n, m in s.model.named_modules():
         if n.endswith("in_proj.base_layer"):
-            fused.make_room(m, 8)
+            layers.make_room(m, 8)
     return s
 
 
@@ -230,35 +222,35 @@ def inside(s) -> dict:
 
 def forward(s) -> tuple:
     """Logits and LoRA's gradients of a packed row."""
-    row = kernels.packing_collator()([dict(r) for r in s.rows[:3]])
+    row = packing.packing_collator()([dict(r) for r in s.rows[:3]])
     s.model.zero_grad()
     out = s.model(**row, use_cache=False)
     out.loss.backward()
     return [out.logits.detach(), *(p.grad.clone() for p in s.model.parameters() if p.requires_grad)]
 
 
-FUNCTIONS = ((training, "can_record"), (training, "can_use_head_loss"), (training, "row_multiple"), (step, "supervised"), (kernels, "LONGEST"), (kernels, "ROW_MULTIPLE"), (kernels, "can_use_varlen"), (fused, "use_triton"))
-CUDA, CAN_USE_VARLEN = torch.device("cuda"), kernels.can_use_varlen
+FUNCTIONS = ((trainer, "can_record"), (trainer, "can_use_head_loss"), (trainer, "row_multiple"), (step, "supervised"), (mamba, "LONGEST"), (packing, "ROW_MULTIPLE"), (packing, "can_use_varlen"), (operations, "use_triton"))
+CUDA, CAN_USE_VARLEN = torch.device("cuda"), packing.can_use_varlen
 GONE = {  # lever -> whether it is, of a prepared model and its base
     "nothing": lambda s: not_gone(s),
-    "recording": lambda s: not training.can_record(replace(s.recipe, gradient_checkpointing=False, lora_dropout=0.0), 1),
-    "blocks": lambda s: not any(fused.is_fused(m) for m in s.model.modules() if type(m).__name__ == "NemotronHBlock") and any(map(fused.is_fused, s.model.modules())),
-    "fused": lambda s: not any(map(fused.is_fused, s.model.modules())),
-    "triton": lambda s: not fused.use_triton(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)),
-    "scan": lambda s: not kernels.has_own_scan(s.recipe) and kernels.LONGEST == 0,
-    "room": lambda s: not any(fused.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear)),
-    "filled": lambda s: kernels.row_multiple(CUDA) == training.row_multiple(CUDA) == 1,
+    "recording": lambda s: not trainer.can_record(replace(s.recipe, gradient_checkpointing=False, lora_dropout=0.0), 1),
+    "blocks": lambda s: not any(layers.is_fused(m) for m in s.model.modules() if type(m).__name__ == "NemotronHBlock") and any(map(layers.is_fused, s.model.modules())),
+    "fused": lambda s: not any(map(layers.is_fused, s.model.modules())),
+    "triton": lambda s: not operations.use_triton(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)),
+    "scan": lambda s: not mamba.has_own_scan(s.recipe) and mamba.LONGEST == 0,
+    "room": lambda s: not any(layers.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear)),
+    "filled": lambda s: packing.row_multiple(CUDA) == trainer.row_multiple(CUDA) == 1,
     "positions": lambda s: int((step.RowCollator()([dict(r) for r in s.rows[:3]])["targets"] >= 0).sum()) == 3 and len(step.supervised(torch.full((1, 257), -100))[0]) == 256,
-    "step": lambda s: not training.can_use_head_loss(s.model.get_base_model()),
+    "step": lambda s: not trainer.can_use_head_loss(s.model.get_base_model()),
     "experts": lambda s: not any(map(is_grouped, s.model.modules())),
-    "attention": lambda s: kernels.can_use_varlen is not CAN_USE_VARLEN and not kernels.can_use_varlen(s.model) and GONE["recording"](s),
+    "attention": lambda s: packing.can_use_varlen is not CAN_USE_VARLEN and not packing.can_use_varlen(s.model) and GONE["recording"](s),
 }
 
 
 def not_gone(s) -> bool:
     """With all levers in place, on a machine that says it has a GPU."""
-    return (any(map(fused.is_fused, s.model.modules())) and any(map(is_grouped, s.model.modules())) and any(fused.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
-            and training.can_use_head_loss(s.model.get_base_model()) and kernels.row_multiple(CUDA) > 1 and kernels.LONGEST > 0)
+    return (any(map(layers.is_fused, s.model.modules())) and any(map(is_grouped, s.model.modules())) and any(layers.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
+            and trainer.can_use_head_loss(s.model.get_base_model()) and packing.row_multiple(CUDA) > 1 and mamba.LONGEST > 0)
 
 
 def test_levers_are_all_tested():
@@ -339,7 +331,7 @@ def test_ablation_table_and_figure(ablated):
 
 
 def test_ablation_of_a_killed_process(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("medmcqa_lora.bench.sys.executable", "/bin/false")
+    monkeypatch.setattr("medmcqa_lora.bench.run.sys.executable", "/bin/false")
     code, _, err = cli("bench", "--ablation", "--out", tmp_path / "out")
     assert code == 1 and err.count("\n") == 1 and "nothing was measured: ours: the process ended with 1" in err
     assert [r["ablation"] for r in read_lines(tmp_path / "out/results.jsonl")] == ["the others"]

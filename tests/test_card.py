@@ -6,12 +6,12 @@ from huggingface_hub import ModelCard
 from test_errors import check_one_line
 from test_gain import QUESTIONS, evaluation
 
-from medmcqa_lora.data import load_questions
-from medmcqa_lora.files import append_lines, read_lines
-from medmcqa_lora.orders import draw_orders, in_order, order_record
-from medmcqa_lora.report import published
-from medmcqa_lora.share import check_shareable
-from medmcqa_lora.training import write_card
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.core.files import append_lines, read_lines
+from medmcqa_lora.evaluation.option_order import draw_orders, in_order, order_record
+from medmcqa_lora.analysis.published import published
+from medmcqa_lora.model.hub import check_shareable
+from medmcqa_lora.training.run_folder import write_card
 
 
 @pytest.fixture

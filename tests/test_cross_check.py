@@ -7,12 +7,17 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from medmcqa_lora import cross_check
-from medmcqa_lora.cross_check import TOLERANCE, check_questions, harness_scores, local_task, summarise_check, task_rows
-from medmcqa_lora.data import LETTERS, Question, load_questions, render_prompt, render_target
-from medmcqa_lora.evaluation import collect, encode_prompts, letter_logprobs, score_questions
-from medmcqa_lora.model import load_model, load_tokenizer
-from medmcqa_lora.recipe import Recipe, load_recipe
+from medmcqa_lora.evaluation import cross_check
+from medmcqa_lora.evaluation.cross_check import TOLERANCE, check_questions, harness_scores, local_task, summarise_check, task_rows
+from medmcqa_lora.data.schemas import LETTERS
+from medmcqa_lora.data.questions import Question, load_questions
+from medmcqa_lora.data.prompts import render_prompt, render_target
+from medmcqa_lora.evaluation.records import collect
+from medmcqa_lora.evaluation.letters import encode_prompts, letter_logprobs, score_questions
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
 TEMPLATE = "Question: {question}\nChoices:\nA. {opa}\nB. {opb}\nC. {opc}\nD. {opd}\nAnswer:"  # lm_eval 0.4.13, tasks/medmcqa/utils_medmcqa.py
 QUESTIONS = [Question(f"q{i}", q, o, i % 4, where=f"line {i + 1}") for i, (q, o) in enumerate([

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from conftest import ALL, ROOT
 
-from medmcqa_lora.data import encode_questions, encoding_key, load_questions, sample_tokenizer
-from medmcqa_lora.recipe import Recipe
+from medmcqa_lora.data.questions import load_questions
+from medmcqa_lora.data.tokens import encode_questions, encoding_key, sample_tokenizer
+from medmcqa_lora.core.recipe import Recipe
 
 QUESTIONS = load_questions("sample", "train").questions[:30]
 RECIPE = Recipe(target="explanation_then_letter", max_length=110)  # some explanations are shortened
@@ -32,7 +33,7 @@ def test_reuse_gives_the_same(tmp_path):
 
 def test_reuse_does_not_tokenise(tmp_path, monkeypatch):
     encoded(tmp_path)
-    monkeypatch.setattr("medmcqa_lora.data.encoded_stream", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("medmcqa_lora.data.tokens.encoded_stream", lambda *_: pytest.fail("made again"))
     assert len(encoded(tmp_path).rows) > 0
 
 
@@ -118,7 +119,7 @@ def test_several_processes_at_once(tmp_path):
 @pytest.mark.skipif(not ALL, reason="make test-all")
 def test_a_run_says_so(cli, tmp_path, monkeypatch):
     """Through the command line: kept, then re-used, with the same losses; and a cache that can't be written is one line."""
-    from medmcqa_lora.model import resolve_model
+    from medmcqa_lora.model.resolve import resolve_model
 
     toy = resolve_model("toy-nemotron-h")
     words = ("train", "--recipe", "toy", "-p", "model", toy, "-p", "max_steps", "2", "-p", "save_steps", "2", "-p", "max_rows", "12", "--out")

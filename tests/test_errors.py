@@ -153,7 +153,7 @@ def test_output_folders(cli, tmp_path):
 
 
 def test_models(cli, tmp_path):
-    from medmcqa_lora.model import resolve_model
+    from medmcqa_lora.model.resolve import resolve_model
 
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -166,8 +166,10 @@ def test_models(cli, tmp_path):
 def test_adapters(cli, tmp_path, smollm2):
     from safetensors.torch import load_file, save_file
 
-    from medmcqa_lora.model import attach_lora, load_model, save_adapter
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.lora import attach_lora
+    from medmcqa_lora.model.adapter import save_adapter
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     recipe = load_recipe("toy")
     adapter = save_adapter(attach_lora(load_model(recipe), recipe), tmp_path / "adapter")
@@ -196,8 +198,8 @@ def dense(folder):
     import torch
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
-    from medmcqa_lora.model import TOY, load_tokenizer
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.resolve import TOY, load_tokenizer
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     with torch.random.fork_rng():
         NemotronHForCausalLM(NemotronHConfig(**TOY | {"hybrid_override_pattern": "M-M*-"})).save_pretrained(folder)
@@ -217,8 +219,10 @@ def test_a_group_that_the_model_lacks(cli, tmp_path, smollm2):
 @pytest.mark.parametrize("targets", ["routed_experts", "shared_experts", "attention,shared_experts"])
 def test_an_adapter_made_for_other_targets(targets, cli, tmp_path, recwarn):
     """PEFT itself says nothing when some of an adapter's targets are there and others are not."""
-    from medmcqa_lora.model import attach_lora, load_model, save_adapter
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.lora import attach_lora
+    from medmcqa_lora.model.adapter import save_adapter
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     recipe = load_recipe("toy", {"lora_targets": targets})
     adapter = save_adapter(attach_lora(load_model(recipe), recipe), tmp_path / "adapter")
@@ -245,8 +249,9 @@ def test_checkpoints(change, cli, tmp_path):
     """transformers would fill what is missing with random numbers, and train on."""
     from safetensors.torch import load_file, save_file
 
-    from medmcqa_lora.model import _load_hf, load_model, resolve_model
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.resolve import resolve_model
+    from medmcqa_lora.model.load import _load_hf, load_model
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     (spoil, expected), model, out = CHECKPOINTS[change], tmp_path / "model", tmp_path / "run"
     shutil.copytree(resolve_model("toy-nemotron-h"), model)
@@ -263,8 +268,10 @@ def test_checkpoints(change, cli, tmp_path):
 
 
 def test_checkpoints_in_shards(cli, tmp_path):
-    from medmcqa_lora.model import check_checkpoint, load_model, load_tokenizer
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.checkpoint import check_checkpoint
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     recipe, model, out = load_recipe("toy"), tmp_path / "model", tmp_path / "run"
     load_model(recipe).save_pretrained(model, max_shard_size="200KB")
@@ -306,7 +313,7 @@ def test_views(views, what, cli, tmp_path):
 def test_processes(cli, monkeypatch, capsys):
     import torch
 
-    from medmcqa_lora.launch import check_processes
+    from medmcqa_lora.launch.preflight import check_processes
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="2 GPUs; use at most 2"):

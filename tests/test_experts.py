@@ -13,10 +13,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.utils import logging
 
-from medmcqa_lora import experts
-from medmcqa_lora.experts import grouped_experts, is_grouped, undo_grouped_experts, unwrap, use_grouped_experts
-from medmcqa_lora.model import attach_lora, load_adapter, load_model, lora_config, lora_report, save_adapter
-from medmcqa_lora.recipe import Recipe, load_recipe
+from medmcqa_lora.fast import experts
+from medmcqa_lora.fast.experts import grouped_experts, is_grouped, undo_grouped_experts, unwrap, use_grouped_experts
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora, lora_config, lora_report
+from medmcqa_lora.model.adapter import load_adapter, save_adapter
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
 UP, DOWN = "mixer.experts.up_proj", "mixer.experts.down_proj"
 logging.disable_progress_bar()
@@ -405,10 +408,11 @@ def test_copies_and_inference_mode():
 
 def test_through_the_trainer(tmp_path: Path):
     """TRL's loop, 20 steps, by both ways: the same losses, and an adapter that differs by rounding."""
-    from medmcqa_lora.data import encode_questions, load_pair
-    from medmcqa_lora.files import read_lines
-    from medmcqa_lora.model import load_tokenizer
-    from medmcqa_lora.training import make_trainer, train
+    from medmcqa_lora.data.leakage import load_pair
+    from medmcqa_lora.data.tokens import encode_questions
+    from medmcqa_lora.core.files import read_lines
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.training.trainer import make_trainer, train
 
     settings = {"max_steps": "20", "save_steps": "20", "lora_targets": f"q_proj, in_proj, {UP}, {DOWN}", "lora_r_experts": "3", "learning_rate": "1e-3",
                 "gradient_checkpointing": "true"}

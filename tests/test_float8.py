@@ -7,16 +7,20 @@ import pytest
 import torch
 from conftest import ALL
 
-from medmcqa_lora import experts, float8
-from medmcqa_lora.blocks import in_float8, wide_weights
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.experts import expert_product
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.float8 import Weight8, dequantise, product, quantise, quantise_matrix, weight_of, weights8
-from medmcqa_lora.kernels import describe_kernels
-from medmcqa_lora.model import attach_lora, check_backend, load_adapter, load_model, load_tokenizer, save_adapter
-from medmcqa_lora.recipe import Recipe, RecipeError, check_recipe
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.fast import experts, float8
+from medmcqa_lora.fast.blocks import in_float8, wide_weights
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.fast.experts import expert_product
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.fast.float8 import Weight8, dequantise, product, quantise, quantise_matrix, weight_of, weights8
+from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import check_backend, load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.model.adapter import load_adapter, save_adapter
+from medmcqa_lora.core.recipe import Recipe, RecipeError, check_recipe
+from medmcqa_lora.training.trainer import make_trainer, train
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,10 +88,10 @@ def test_refused():
     for settings, said in ((dict(fast="off"), "quantization fp8 needs backend hf and fast auto or require"), (dict(backend="unsloth", dtype="bfloat16"), "quantization fp8 needs backend hf")):
         with pytest.raises(RecipeError, match=said):
             check_recipe(recipe(quantization="fp8", **settings))
-    with patch("torch.cuda.is_available", lambda: True), patch("medmcqa_lora.model.has_float8", lambda device: False), patch("medmcqa_lora.model.device", lambda: torch.device("cpu")):
+    with patch("torch.cuda.is_available", lambda: True), patch("medmcqa_lora.model.load.has_float8", lambda device: False), patch("medmcqa_lora.model.load.device", lambda: torch.device("cpu")):
         with pytest.raises(ValueError, match="capability 9.0 or newer"):
             check_backend(recipe(quantization="fp8"))
-        with patch("medmcqa_lora.model.has_float8", lambda device: True), pytest.raises(ValueError, match="use -p dtype bfloat16"):
+        with patch("medmcqa_lora.model.load.has_float8", lambda device: True), pytest.raises(ValueError, match="use -p dtype bfloat16"):
             check_backend(recipe(quantization="fp8", dtype="float32"))
 
 

@@ -7,11 +7,14 @@ import pytest
 from conftest import ROOT
 from test_errors import check_one_line
 
-from medmcqa_lora.data import Question, load_questions
-from medmcqa_lora.evaluation import prediction, write_evaluation
-from medmcqa_lora.files import append_lines, read_lines
-from medmcqa_lora.gain import AS_IT_IS, NO_PRIOR, read_answers, split_gain, write_gain
-from medmcqa_lora.report import leaderboard, published, write_report
+from medmcqa_lora.data.questions import Question, load_questions
+from medmcqa_lora.evaluation.records import prediction
+from medmcqa_lora.evaluation.summary import write_evaluation
+from medmcqa_lora.core.files import append_lines, read_lines
+from medmcqa_lora.analysis.gain import AS_IT_IS, NO_PRIOR, read_answers, split_gain
+from medmcqa_lora.analysis.gain_report import write_gain
+from medmcqa_lora.analysis.published import published, write_report
+from medmcqa_lora.analysis.leaderboard import leaderboard
 
 QUESTIONS = [Question(f"q{i}", f"Question {i}?", ("w", "x", "y", "z"), i % 4, ("Anatomy", "ENT")[i % 2]) for i in range(200)]
 
@@ -105,7 +108,7 @@ def test_one_question(tmp_path):
 def test_published_counts_are_those_of_the_public_set(validation):
     from collections import Counter
 
-    from medmcqa_lora.data import fingerprint
+    from medmcqa_lora.data.questions import fingerprint
 
     questions, p = load_questions(str(validation)).questions, published()
     assert fingerprint(questions) == p["data_sha256"]

@@ -9,8 +9,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from medmcqa_lora.model import GROUPS, TOY, attach_lora, block_table, group_of, list_matrices, load_model, lora_config, lora_report, plot_blocks, select
-from medmcqa_lora.recipe import Recipe, load_recipe, shipped
+from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import GROUPS, attach_lora, block_table, group_of, list_matrices, lora_config, lora_report, plot_blocks, select
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
 logging.disable_progress_bar()
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")]  # they do match: names of fused parameters
@@ -85,9 +89,10 @@ def test_gradients_on_all_ranks(group, length):
 @pytest.mark.parametrize("group", GROUPS)
 def test_nothing_else_moves_and_merging_keeps_it(group, tmp_path):
     """Four steps by the package's trainer: every tensor of the group moves, of all others not a bit; merged, the model says the same."""
-    from medmcqa_lora.data import encode_questions, load_pair
-    from medmcqa_lora.model import load_tokenizer
-    from medmcqa_lora.training import make_trainer, train
+    from medmcqa_lora.data.leakage import load_pair
+    from medmcqa_lora.data.tokens import encode_questions
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.training.trainer import make_trainer, train
 
     chosen = recipe(group)
     tokenizer, base = load_tokenizer(chosen), load_model(chosen)

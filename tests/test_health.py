@@ -16,15 +16,20 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from medmcqa_lora import checkpoints, training
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import DiskError, read_lines
-from medmcqa_lora.health import EXPLODED, IN_A_ROW, needed
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-from medmcqa_lora.plan import RESERVE
-from medmcqa_lora.recipe import Recipe, load_recipe, problems, read_values
-from medmcqa_lora.stopping import StopOnRequest, Stopped
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.training import checkpoints, metrics
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.core.files import DiskError, read_lines
+from medmcqa_lora.training.memory.fit import needed
+from medmcqa_lora.training.bad_steps import EXPLODED, IN_A_ROW
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.training.memory.fit import RESERVE
+from medmcqa_lora.core.recipe import Recipe, problems
+from medmcqa_lora.core.recipe_files import load_recipe, read_values
+from medmcqa_lora.training.stopping import StopOnRequest, Stopped
+from medmcqa_lora.training.trainer import make_trainer, train
 
 logging.disable_progress_bar()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,14 +181,14 @@ def test_a_line_holds_the_good_steps_alone(tmp_path):
 def test_lines_of_skipped_steps_wait_for_room_too(tmp_path, capsys):
     """save_errors = warn, and a disk that is full while steps 3 to 5 are made: nothing stops, and the lines come in their order."""
     trainer, _ = made(tmp_path / "run", {3}, "loss", logging_steps=2, on_bad_step="skip", save_errors="warn")
-    append = training.append_lines
+    append = metrics.append_lines
 
     def append_lines(path, lines):
         if 3 <= trainer.state.global_step <= 5:
             raise DiskError(f"{path}: can't be written (No space left on device)")
         append(path, lines)
 
-    with patch.object(training, "append_lines", append_lines):
+    with patch.object(metrics, "append_lines", append_lines):
         train(trainer, tmp_path / "run")
     assert [(m["step"], "skipped" in m) for m in read_lines(tmp_path / "run/metrics.jsonl")] == [(2, False), (3, True), (4, False), (6, False)]
     assert capsys.readouterr().err.count("its lines wait (save_errors = warn)") == 2
@@ -282,7 +287,7 @@ def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
         write(trainer, work)
 
     said = f"stopped behind step 4 as asked, but checkpoint-4 could not be saved \\({'the last one is checkpoint-2' if saved else 'there is none before it'}\\); go on"
-    with patch.object(checkpoints, "write_parts", write_parts), patch.object(training, "note", lambda **facts: noted.append(facts)), pytest.raises(Stopped, match=said):
+    with patch.object(checkpoints, "write_parts", write_parts), patch.object(metrics, "note", lambda **facts: noted.append(facts)), pytest.raises(Stopped, match=said):
         train(asked(trainer, 4), tmp_path / "run")
     assert noted == [dict(checkpoint="checkpoints/checkpoint-2")] * (saved == 2)
 
@@ -431,10 +436,10 @@ if any("ipykernel" in word for word in sys.orig_argv):
 """
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; 02i_health has the words, 04_evaluation has scoring in its own process")
+@pytest.mark.skipif(not ALL, reason="make test-all; training.bad_steps has the words, evaluation.letters has scoring in its own process")
 @pytest.mark.parametrize("where, command, said", [
-    (("medmcqa_lora.model", "_load_hf"), "train", "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; see who else uses the memory"),
-    (("medmcqa_lora.evaluation", "letters_ahead"), "evaluate", "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
+    (("medmcqa_lora.model.load", "_load_hf"), "train", "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; see who else uses the memory"),
+    (("medmcqa_lora.evaluation.letters", "letters_ahead"), "evaluate", "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
 ], ids=["loading", "scoring"])
 def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
     """By the public command, in whose kernel the allocator gives up in one place."""

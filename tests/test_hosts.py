@@ -12,7 +12,7 @@ import pytest
 from conftest import ALL, processes_with
 from safetensors.torch import load_file
 
-from medmcqa_lora.files import read_lines
+from medmcqa_lora.core.files import read_lines
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 LIMIT = 60  # seconds until the other host has ended

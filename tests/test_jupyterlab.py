@@ -13,9 +13,9 @@ import nbformat
 import pytest
 from conftest import ALL, ROOT
 
-from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
-NOTEBOOKS = build_docs.notebooks() if ALL else ["01_data.ipynb", "runs/train.ipynb"]
+NOTEBOOKS = build_docs.notebooks() if ALL else ["1_data/questions.ipynb", "runs/train.ipynb"]
 SHOTS = ROOT / "_runs/jupyterlab"  # to be looked at; not committed
 READY = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 CELLS = "jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells.filter(c => c.cell_type === 'code' && `${c.source}`.trim())"
@@ -77,4 +77,4 @@ def test_run_all_cells(notebook, lab, browser):
     assert not [(c["source"], o["ename"], o["evalue"]) for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     assert cells and all(c["execution_count"] for c in cells)
     shown = [kind for c in cells for o in c["outputs"] for kind in o.get("data", {})]
-    assert "image/png" in shown if notebook in ("01_data.ipynb", "runs/train.ipynb") else shown
+    assert "image/png" in shown if notebook in ("1_data/questions.ipynb", "runs/train.ipynb") else shown

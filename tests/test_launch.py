@@ -14,9 +14,9 @@ from conftest import ALL, sampled
 from safetensors.torch import load_file
 from test_packing import trained
 
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.launch import LaunchError, launch_evaluate, launch_train
-from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.launch.launcher import LaunchError, launch_evaluate, launch_train
+from medmcqa_lora.core.recipe_files import load_recipe
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 
@@ -107,7 +107,7 @@ def test_a_short_trial_logs_its_last_step(told):
 def test_failure_on_the_command_line_is_one_line(tmp_path):
     """Not a wall of launcher text: the only line behind the run's own output is ours. The fault is one that kernels alone meet."""
     (startup := tmp_path / "ipython/profile_default/startup").mkdir(parents=True)
-    (startup / "00.py").write_text("import medmcqa_lora.training as t\ndef fails(*args, **kwargs): raise ValueError('this fails in kernels')\nt.make_trainer = fails\n")
+    (startup / "00.py").write_text("import medmcqa_lora.training.trainer as t\ndef fails(*args, **kwargs): raise ValueError('this fails in kernels')\nt.make_trainer = fails\n")
     done = subprocess.run([*COMMAND, "train", "--recipe", "toy", "--nproc-per-node", "2", "--out", str(tmp_path / "run")],
                           capture_output=True, text=True, timeout=120, env=os.environ | {"IPYTHONDIR": str(tmp_path / "ipython")})
     assert done.returncode == 1
@@ -116,7 +116,7 @@ def test_failure_on_the_command_line_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; start_run itself is tested in 03_training")
+@pytest.mark.skipif(not ALL, reason="make test-all; start_run itself is tested in training.trainer")
 def test_resume_refuses_other_settings(one):
     with pytest.raises(LaunchError, match="learning_rate was 0.01, is 0.5"):
         launch_train(toy(one, max_steps=6, save_steps=3, per_device_train_batch_size=8, learning_rate=0.5), resume=True)
@@ -140,7 +140,7 @@ def test_evaluation_in_two_processes_and_resumed(one, tmp_path):
     assert sum(p.get("mark") == "kept" for p in again) == 5  # not scored again
     assert [(p["id"], p["prediction"]) for p in again] == [(p["id"], p["prediction"]) for p in predictions]
     assert json.loads((cut / "summary.json").read_text()) == summary
-    if ALL:  # begin_evaluation itself is tested in 04_evaluation
+    if ALL:  # begin_evaluation itself is tested in evaluation.letters
         with pytest.raises(LaunchError, match="holds another evaluation"):
             launch_evaluate(recipe, cut, resume=True)
     with pytest.raises(LaunchError, match="prompts were packed, are padded"):  # they differ in the last digits

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from conftest import ALL, ROOT
 
-from medmcqa_lora.data import Question, encoding_key, load_pair, load_questions, sample_tokenizer
-from medmcqa_lora.leakage import DROPS, NEAR, count_overlaps, describe_overlaps, find_overlaps, normalise, overlap_key, shingles
-from medmcqa_lora.recipe import Recipe
+from medmcqa_lora.data.questions import Question, load_questions
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encoding_key, sample_tokenizer
+from medmcqa_lora.data.similarity import NEAR, normalise, overlap_key, shingles
+from medmcqa_lora.data.leakage import DROPS, count_overlaps, describe_overlaps, find_overlaps
+from medmcqa_lora.core.recipe import Recipe
 
 HELD = load_questions("sample", "validation").questions
 Q = Question("v1", "Which enzyme is deficient in classical phenylketonuria?", ("Tyrosinase", "Phenylalanine hydroxylase", "Homogentisate oxidase", "Fumarase"), 1, where="line 1")
@@ -145,7 +148,7 @@ def test_many_equal_options_cost_little():
 
 def test_every_process_has_the_same_sketches():
     """Ranks and resumed runs must leave out the same rows, whatever Python's own hashes are."""
-    code = ("from medmcqa_lora.data import load_questions; from medmcqa_lora.leakage import overlap_key, shingles, sketches\n"
+    code = ("from medmcqa_lora.data.questions import load_questions; from medmcqa_lora.data.similarity import overlap_key, shingles, sketches\n"
             "print([s.digest().tolist() for s in sketches(shingles(overlap_key(q)) for q in load_questions('sample').questions[:20])])")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     printed = {subprocess.run([sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True, cwd=ROOT).stdout for seed in ("1", "2")}
@@ -255,8 +258,9 @@ def test_control_characters_are_not_shown(cli, tmp_path):
 
 def test_compare_without(cli, tmp_path):
     """Scores in parts through the command line; a list of other rows is refused before anything is written."""
-    from medmcqa_lora.data import LETTERS
-    from medmcqa_lora.evaluation import prediction, write_evaluation
+    from medmcqa_lora.data.schemas import LETTERS
+    from medmcqa_lora.evaluation.records import prediction
+    from medmcqa_lora.evaluation.summary import write_evaluation
 
     for name, right in (("base", lambda i: i % 4 == 0), ("tuned", lambda i: i % 4 == 0 or i < 20)):
         (tmp_path / name).mkdir()

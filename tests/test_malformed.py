@@ -334,7 +334,7 @@ def compared(**tuned):
 def reported(**records):
     """report on a run whose record is broken."""
     def words(kit):
-        from medmcqa_lora.report import published
+        from medmcqa_lora.analysis.published import published
 
         p = published()
         whole = dict(n=p["n"], data_sha256=p["data_sha256"], adapter="run/adapter", by_subject={s: SUBJECT | dict(n=v["n"]) for s, v in p["by_subject"].items()})
@@ -392,8 +392,10 @@ CASES = {f"{kind}: {name}": case for kind, cases in dict(data=DATA, recipe=RECIP
 
 @pytest.fixture(scope="session")
 def whole_adapter(tmp_path_factory):
-    from medmcqa_lora.model import attach_lora, load_model, save_adapter
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.lora import attach_lora
+    from medmcqa_lora.model.adapter import save_adapter
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     recipe = load_recipe("toy")
     return save_adapter(attach_lora(load_model(recipe), recipe), tmp_path_factory.mktemp("whole") / "adapter")
@@ -402,8 +404,8 @@ def whole_adapter(tmp_path_factory):
 @pytest.fixture
 def kit(whole_adapter, monkeypatch, tmp_path):
     """Copies to be spoilt, in an empty current folder; a run that would start is a failure."""
-    import medmcqa_lora.launch as launch
-    from medmcqa_lora.model import resolve_model
+    import medmcqa_lora.launch.launcher as launch
+    from medmcqa_lora.model.resolve import resolve_model
 
     class Kit:
         def adapter(self):

@@ -20,9 +20,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 from transformers.utils import logging
 
-from medmcqa_lora.merge import merge_adapter, weight_files
-from medmcqa_lora.model import TOY, attach_lora, load_model, resolve_model, save_adapter
-from medmcqa_lora.recipe import Recipe
+from medmcqa_lora.model.merge import merge_adapter, weight_files
+from medmcqa_lora.model.resolve import TOY, resolve_model
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.model.adapter import save_adapter
+from medmcqa_lora.core.recipe import Recipe
 
 logging.disable_progress_bar()
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -210,7 +213,7 @@ def test_the_base_is_found(tmp_path, monkeypatch):
 KILL = """
 import os, signal, sys
 from pathlib import Path
-from medmcqa_lora import merge
+from medmcqa_lora.model import merge
 real, seen = getattr(merge, sys.argv[4]), []
 def dying(*args, **more):
     result = real(*args, **more)
@@ -247,7 +250,7 @@ import re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from medmcqa_lora.merge import merge_adapter
+from medmcqa_lora.model.merge import merge_adapter
 merge_adapter(Path(sys.argv[1]), Path(sys.argv[3]), sys.argv[2])  # a first one: what libraries and the model's structure take
 def status(key): return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -405,7 +408,8 @@ def test_export(cli, tmp_path):
 
 
 def scores(model, tokenizer, questions, recipe):
-    from medmcqa_lora.evaluation import encode_prompts, length_batches, letter_logprobs
+    from medmcqa_lora.evaluation.records import length_batches
+    from medmcqa_lora.evaluation.letters import encode_prompts, letter_logprobs
 
     rows, letters = encode_prompts(questions, tokenizer, recipe)
     found = torch.empty(len(rows), 4)
@@ -416,7 +420,8 @@ def scores(model, tokenizer, questions, recipe):
 
 def check_served(questions, recipe, adapter, out):
     """A merged folder, as a server loads it, answers as the adapted model does: (largest difference of a log-probability, of the first 20 answers, those that the adapter changed)."""
-    from medmcqa_lora.model import load_adapter, load_tokenizer
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.adapter import load_adapter
 
     merge_adapter(adapter, out)
     merged = replace(recipe, model=str(out))
@@ -431,7 +436,7 @@ def check_served(questions, recipe, adapter, out):
 
 
 def test_served_toy(tmp_path):
-    from medmcqa_lora.data import load_questions
+    from medmcqa_lora.data.questions import load_questions
 
     adapter, _ = make_adapter(tmp_path / "adapter", *GROUPS)
     worst, changed = check_served(load_questions("sample", "validation").questions, Recipe(model="toy-nemotron-h"), adapter, tmp_path / "merged")
@@ -439,7 +444,7 @@ def test_served_toy(tmp_path):
 
 
 def test_served_smollm2_on_real_questions(validation, smollm2, tmp_path):
-    from medmcqa_lora.data import load_questions
+    from medmcqa_lora.data.questions import load_questions
 
     recipe = Recipe(model="smollm2-135m-instruct")
     adapter, _ = make_adapter(tmp_path / "adapter", "attention", "mlp", std=0.05, model=recipe.model, lora_r=8, lora_alpha=16)

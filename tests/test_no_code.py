@@ -21,7 +21,7 @@ def sources() -> dict[str, str]:
     """What runs: the package, and the code of the run notebooks."""
     books = {p.name: json.loads(p.read_text())["cells"] for p in sorted((ROOT / "nbs/runs").glob("*.ipynb"))}
     code = {name: "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code") for name, cells in books.items()}
-    return {p.name: p.read_text() for p in sorted((ROOT / "medmcqa_lora").glob("*.py"))} | code
+    return {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "medmcqa_lora").rglob("*.py"))} | code
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def test_remote_code_is_never_trusted():
     auto = [(call, kw) for func, kw, call in calls() if re.search(r"\bAuto\w+\.from_(pretrained|config)$", func)]
     assert len(auto) >= 6
     assert [call for call, kw in auto if "trust_remote_code" not in kw and "**where" not in call] == []
-    assert "gguf_file=gguf.name, trust_remote_code=False" in sources()["model.py"]  # **where
+    assert "gguf_file=gguf.name, trust_remote_code=False" in sources()["medmcqa_lora/model/resolve.py"]  # **where
 
 
 def test_the_trainers_arguments_are_never_read():
@@ -74,7 +74,7 @@ def test_the_trainers_arguments_are_never_read():
 
 def test_advisories_are_asked_for_in_the_hosted_workflow_alone():
     assert "pip-audit --requirement requirements.txt" in (ROOT / ".github/workflows/audit.yml").read_text()
-    assert not any("pip-audit" in (ROOT / f).read_text() for f in ("Makefile", ".ci/run", ".ci/gates.py", "pyproject.toml"))
+    assert not any("pip-audit" in (ROOT / f).read_text() for f in ("Makefile", ".ci/run", "tools/gates.py", "pyproject.toml"))
     assert "@" not in (ROOT / "SECURITY.md").read_text()  # nobody's address
 
 
@@ -104,7 +104,7 @@ def test_the_payload_works(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    from medmcqa_lora.model import resolve_model
+    from medmcqa_lora.model.resolve import resolve_model
 
     return Path(shutil.copytree(resolve_model("toy-nemotron-h"), tmp_path / "model"))
 
@@ -121,8 +121,9 @@ def test_a_model_that_transformers_knows_brings_its_own_code(model, harmed):
     """As the 30B model on the hub does: transformers' code is used, auto_map means nothing."""
     import torch
 
-    from medmcqa_lora.model import load_model, load_tokenizer
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     spoil(model, harmed)
     recipe, plain = load_recipe("toy", {"model": str(model)}), load_recipe("toy")
@@ -132,8 +133,10 @@ def test_a_model_that_transformers_knows_brings_its_own_code(model, harmed):
 
 
 def test_a_model_that_needs_its_own_code_is_refused(model, harmed):
-    from medmcqa_lora.model import load_model, load_tokenizer, planned_model
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.checkpoint import planned_model
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     spoil(model, harmed, model_type="evil", architectures=["Evil"])
     recipe = load_recipe("toy", {"model": str(model)})
@@ -148,8 +151,8 @@ def test_a_model_that_needs_its_own_code_is_refused(model, harmed):
 @pytest.mark.parametrize("container", ["zip", "pickle"])
 def test_pickled_weights_are_not_read(container, model, harmed, tmp_path):
     """Neither in a folder, nor where only the hub knows what there is."""
-    from medmcqa_lora.model import _load_hf, load_model
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import _load_hf, load_model
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     (model / "model.safetensors").unlink()
     hostile(model / "pytorch_model.bin", harmed, container)
@@ -173,11 +176,15 @@ def hostile(file: Path, harmed: Path, container: str = "zip"):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two steps with a checkpoint behind the first, and what makes its trainer again."""
-    from medmcqa_lora.data import encode_questions, load_pair
-    from medmcqa_lora.launch import World
-    from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-    from medmcqa_lora.recipe import load_recipe
-    from medmcqa_lora.training import make_trainer, start_run, train
+    from medmcqa_lora.data.leakage import load_pair
+    from medmcqa_lora.data.tokens import encode_questions
+    from medmcqa_lora.launch.worker import World
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.lora import attach_lora
+    from medmcqa_lora.core.recipe_files import load_recipe
+    from medmcqa_lora.training.trainer import make_trainer, train
+    from medmcqa_lora.training.run_folder import start_run
 
     recipe = load_recipe("toy", dict(max_steps="2", save_steps="1", max_rows="8", save_total_limit="5", out=str(tmp_path_factory.mktemp("run") / "run")))
     tokenizer = load_tokenizer(recipe)
@@ -197,7 +204,7 @@ FILES = ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_checkpoint(name, trained, harmed, tmp_path):
-    from medmcqa_lora.training import train
+    from medmcqa_lora.training.trainer import train
 
     whole, again = trained
     run = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -211,8 +218,9 @@ def test_a_hostile_checkpoint(name, trained, harmed, tmp_path):
 
 def test_a_hostile_adapter(trained, harmed, tmp_path):
     """PEFT falls back on a pickle where there are no safetensors; evaluate never gets that far, and a notebook gets an error."""
-    from medmcqa_lora.model import check_adapter, load_adapter, load_model
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.adapter import check_adapter, load_adapter
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     run, _ = trained
     adapter = Path(shutil.copytree(run / "checkpoints/checkpoint-1", tmp_path / "adapter"))
@@ -225,8 +233,9 @@ def test_a_hostile_adapter(trained, harmed, tmp_path):
 
 
 def test_an_adapter_that_names_a_module(trained, harmed, tmp_path, monkeypatch):
-    from medmcqa_lora.model import check_adapter, load_adapter, load_model
-    from medmcqa_lora.recipe import load_recipe
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.model.adapter import check_adapter, load_adapter
+    from medmcqa_lora.core.recipe_files import load_recipe
 
     (tmp_path / "megatron.py").write_text(f"open({str(harmed)!r}, 'w')")  # the one name that PEFT allows
     monkeypatch.syspath_prepend(tmp_path)
@@ -346,8 +355,9 @@ def test_reports_show_html_as_text(tmp_path, cli):
     """compare's Markdown, as the hub and the site turn it into HTML; its figures and its CSV."""
     from nbconvert.filters.markdown import markdown2html
 
-    from medmcqa_lora.data import load_questions
-    from medmcqa_lora.evaluation import prediction, write_evaluation
+    from medmcqa_lora.data.questions import load_questions
+    from medmcqa_lora.evaluation.records import prediction
+    from medmcqa_lora.evaluation.summary import write_evaluation
 
     questions = load_questions(str(hostile_rows(tmp_path)), "train").questions
     for name, shift in (("base", 1), ("tuned", 0)):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import ALL, processes_with
 
-from medmcqa_lora.files import read_lines
+from medmcqa_lora.core.files import read_lines
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 LIMIT = 15  # seconds
@@ -37,7 +37,7 @@ class Run:
 
     def __init__(self, folder: Path, *cells: str, **popen):
         job, self.folder, self.mark = notebook(folder, JOIN, *cells), folder, f"TEST{os.getpid()}{time.time_ns()}"
-        code = f"from pathlib import Path; from medmcqa_lora.launch import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)"
+        code = f"from pathlib import Path; from medmcqa_lora.launch.launcher import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)"
         self.errors = open(folder / "stderr", "w+")
         self.command = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "TEST_MARK": self.mark}, **{"stderr": self.errors, **popen})
 
@@ -48,7 +48,7 @@ class Run:
             time.sleep(0.1)
 
     def processes(self) -> dict[str, psutil.Process]:
-        kinds = {"launch import worker": "papermill", "ipykernel_launcher": "kernel", "guard import sweep": "guard"}
+        kinds = {"launch.worker import worker": "papermill", "ipykernel_launcher": "kernel", "process_guard import sweep": "guard"}
         found = [psutil.Process(int(line.split(":")[0])) for line in processes_with(self.mark)]
         named = [(next((k for w, k in kinds.items() if w in " ".join(p.cmdline())), "command"), p) for p in found]
         return {kind + (p.environ()["RANK"] if kind in ("papermill", "kernel") else ""): p for kind, p in named}
@@ -173,7 +173,7 @@ def test_the_notebook_server_dies(tmp_path):
     client = BlockingKernelClient(connection_file=str(tmp_path / f"RUNTIME/kernel-{kernel}.json"))
     client.load_connection_file()
     client.start_channels()
-    client.execute(f"import os; os.chdir({str(tmp_path)!r})\nfrom pathlib import Path; from medmcqa_lora.launch import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)")
+    client.execute(f"import os; os.chdir({str(tmp_path)!r})\nfrom pathlib import Path; from medmcqa_lora.launch.launcher import run_notebook; run_notebook({str(job)!r}, Path('run'), {{}}, nproc=2)")
     while not all((tmp_path / f"up{i}").exists() for i in (0, 1)):
         assert time.time() < deadline + 60
         time.sleep(0.2)
@@ -201,7 +201,7 @@ def wait_for_steps(run: subprocess.Popen, folder: Path, n: int):
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; test_health and 03a_stopping ask for a stop in this process")
+@pytest.mark.skipif(not ALL, reason="make test-all; test_health and training.stopping ask for a stop in this process")
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(processes, tmp_path):
     """With the losses of a run that was never stopped, and nothing but one line on the terminal."""

@@ -9,15 +9,19 @@ import torch
 from conftest import ALL, ROOT
 
 from benchmarks.isolation import isolation, make_recipe
-from medmcqa_lora import evaluation
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.evaluation import letter_logprobs, pad_right, read_records, score_questions
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.generation import generate_texts, pad_left
-from medmcqa_lora.kernels import choose_packing, kept_apart, packing_collator, packing_errors
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.evaluation import letters as evaluation
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.evaluation.records import read_records
+from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right, score_questions
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.evaluation.generation import generate_texts, pad_left
+from medmcqa_lora.fast.packing import choose_packing, kept_apart, packing_collator, packing_errors
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.training.trainer import make_trainer, train
 
 
 @pytest.mark.parametrize("fast", ["auto", "off"])
@@ -104,9 +108,9 @@ def test_a_real_model_keeps_examples_apart(smollm2):
 
 def test_a_model_that_can_not_isolate_is_not_packed(monkeypatch):
     """transformers' own Mamba block on this path: auto pads, on is refused before a step is taken."""
-    import medmcqa_lora.model
+    import medmcqa_lora.model.load
 
-    monkeypatch.setattr(medmcqa_lora.model, "keep_apart", lambda model, use_varlen: model)
+    monkeypatch.setattr(medmcqa_lora.model.load, "keep_apart", lambda model, use_varlen: model)
     model = load_model(recipe := load_recipe("toy"))
     rows = encode_questions(load_pair(recipe)[0].questions[:2], load_tokenizer(recipe), recipe).rows
     assert choose_packing(model, rows, recipe)[0] is False
@@ -117,11 +121,11 @@ def test_a_model_that_can_not_isolate_is_not_packed(monkeypatch):
 
 TRITON_ONLY = """
 import sys
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.launch import check_recipe_here
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.launch.preflight import check_recipe_here
 check_recipe_here(load_recipe("toy"))
 from transformers.models.nemotron_h import modeling_nemotron_h as code
-from medmcqa_lora.kernels import is_kernel
+from medmcqa_lora.core.environment import is_kernel
 print([is_kernel(getattr(code, n)) for n in ("mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "causal_conv1d_fn")])
 """
 

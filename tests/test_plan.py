@@ -8,32 +8,19 @@ from conftest import ROOT, sampled
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from benchmarks.common import allocated_on_cpu
-from medmcqa_lora import blocks as whole_blocks
-from medmcqa_lora import fused
-from medmcqa_lora.experts import undo_grouped_experts, use_grouped_experts
-from medmcqa_lora.fused import undo_fused
-from medmcqa_lora.model import attach_lora, planned_model
-from medmcqa_lora.plan import (
-    RESERVE,
-    Pass,
-    activation_peak,
-    block_temporary,
-    describe_plan,
-    find_blocks,
-    kinds_table,
-    largest_block,
-    link_bytes,
-    measured_pass,
-    measured_rows,
-    memory_parts,
-    micro_batch_tokens,
-    nearest_measurement,
-    plan_memory,
-    plan_pass,
-    plan_time,
-    question_lengths,
-)
-from medmcqa_lora.recipe import Recipe, load_recipe, shipped
+from medmcqa_lora.fast import blocks as whole_blocks
+from medmcqa_lora.fast import operations
+from medmcqa_lora.fast.experts import undo_grouped_experts, use_grouped_experts
+from medmcqa_lora.fast.layers import undo_fused
+from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.training.memory.activations import Pass, activation_peak, block_temporary, find_blocks
+from medmcqa_lora.training.memory.fit import RESERVE, largest_block, measured_pass, measured_rows, memory_parts, micro_batch_tokens, plan_memory, plan_pass, question_lengths
+from medmcqa_lora.launch.plan import kinds_table, link_bytes, nearest_measurement, plan_time
+from medmcqa_lora.launch.plan_report import describe_plan
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.core.recipe_files import load_recipe
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16"
 EIGHTH = dict(vocab_size=64, hidden_size=336, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=320, mamba_num_heads=8, mamba_head_dim=64,
@@ -55,7 +42,7 @@ def test_predicted_peak_is_what_is_allocated(pattern, targets, dtype, checkpoint
     base = LlamaForCausalLM(small) if "L" in pattern else NemotronHForCausalLM(NemotronHConfig(hybrid_override_pattern=pattern, **EIGHTH))
     recipe = Recipe(lora_targets=targets, dtype=str(dtype).removeprefix("torch."))
     blocks, model = find_blocks(base.to(dtype), recipe), attach_lora(base, recipe).train()
-    undo_fused(model)  # on the CPU its temporaries are others than on a GPU: see the next test; what it keeps is compared in 02d_plan
+    undo_fused(model)  # on the CPU its temporaries are others than on a GPU: see the next test; what it keeps is compared in launch.plan_report
     (use_grouped_experts if grouped else undo_grouped_experts)(model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,7 +77,7 @@ def relu2_grad(h, w, g):
     dw = None if w is None else w.new_empty(len(h))
 
     def some(s, g):
-        _, d = fused.relu2_grad(h[s], None if w is None else w[s], g[s])
+        _, d = operations.relu2_grad(h[s], None if w is None else w[s], g[s])
         if dw is not None:
             dw[s] = d
 
@@ -99,14 +86,14 @@ def relu2_grad(h, w, g):
 
 def norm_grad(g, more, x, w, rstd):
     def some(s, y):
-        y[s] = fused.norm_grad(g[s], more[s], x[s], w, rstd[s])
+        y[s] = operations.norm_grad(g[s], more[s], x[s], w, rstd[s])
 
     return by_rows(some, torch.empty_like(x))
 
 
 @pytest.mark.parametrize("targets", [["attention"], ["shared_experts"], ["shared_experts", "routed_experts"]])
 def test_predicted_temporaries_of_a_whole_mixture(monkeypatch, targets):
-    """The block's own order of operations, with its kernels' need for memory; 02d_plan compares the Mamba block's."""
+    """The block's own order of operations, with its kernels' need for memory; launch.plan_report compares the Mamba block's."""
     for f in (combine, relu2_grad, norm_grad):
         monkeypatch.setattr(whole_blocks, f.__name__, f)
     model, recipe = NemotronHForCausalLM(NemotronHConfig(hybrid_override_pattern="*E", **EIGHTH)), Recipe(lora_targets=targets, dtype="float32")
@@ -173,7 +160,7 @@ def test_a_packed_row_of_todays_code(nano, monkeypatch):
     table = json.loads(shipped("assets/measured.json").read_text())
     row = dict(way="whole", rows=289, length=56, tokens=16_316, computed=16_640, gradient_checkpointing=False, logits=0.02, tokens_per_s=34_000, peak_gib=84.7, packed=True, commit="0000000")
     table["own_rows"] = [r for r in table["own_rows"] if r["way"] != "whole"] + [row]
-    monkeypatch.setattr("medmcqa_lora.plan.shipped", lambda name: type("Table", (), dict(read_text=lambda self: json.dumps(table)))() if name == "assets/measured.json" else shipped(name))
+    monkeypatch.setattr("medmcqa_lora.training.memory.fit.shipped", lambda name: type("Table", (), dict(read_text=lambda self: json.dumps(table)))() if name == "assets/measured.json" else shipped(name))
     assert measured_pass(measured_rows().iloc[-1]) == replace(p, longest=56)
     total = sum(q.numel() for q in nano.parameters())
     found, own = nearest_measurement(total, recipe, 16_640)

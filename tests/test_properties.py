@@ -14,10 +14,14 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from medmcqa_lora.cli import one_line  # noqa: E402
-from medmcqa_lora.data import LETTERS, describe, identity, load_questions, render_prompt, settle_base  # noqa: E402
-from medmcqa_lora.generation import parse_letter  # noqa: E402
-from medmcqa_lora.recipe import Recipe, RecipeError, fits, load_recipe, nearest, parse_value, problems, recipe_from, recipe_types  # noqa: E402
-from medmcqa_lora.untrusted import csv_text, in_markdown, is_text, label, literal, short  # noqa: E402
+from medmcqa_lora.data.schemas import LETTERS, settle_base
+from medmcqa_lora.data.questions import describe, identity, load_questions
+from medmcqa_lora.data.prompts import render_prompt  # noqa: E402
+from medmcqa_lora.evaluation.generation import parse_letter  # noqa: E402
+from medmcqa_lora.core.text import nearest
+from medmcqa_lora.core.recipe import Recipe, RecipeError, fits, parse_value, problems, recipe_types
+from medmcqa_lora.core.recipe_files import load_recipe, recipe_from  # noqa: E402
+from medmcqa_lora.core.text import csv_text, in_markdown, is_text, label, literal, short  # noqa: E402
 
 settings.register_profile("here", max_examples=2000 if ALL else 100, deadline=None, derandomize=not ALL, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -196,7 +200,7 @@ def test_no_cell_of_a_csv_file_is_a_formula(texts):
 
 @given(PLAIN.map(lambda s: s + "?"), st.lists(PLAIN, min_size=4, max_size=4))
 def test_identity_ignores_white_space_alone(stem, options):
-    from medmcqa_lora.data import Question
+    from medmcqa_lora.data.questions import Question
 
     q = Question("", stem, tuple(options), 0)
     assert identity(q) == identity(replace(q, question=f"  {stem}\n")) != identity(replace(q, question=f"x{stem}"))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ALL
 
-from medmcqa_lora.data import LETTERS, identity, load_questions
-from medmcqa_lora.files import read_lines
+from medmcqa_lora.data.schemas import LETTERS
+from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.core.files import read_lines
 
 
 def test_validation_set(validation, cli):
@@ -47,7 +48,7 @@ def test_every_schema_and_format_reads_the_same(validation, tmp_path):
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    from medmcqa_lora.data import fingerprint
+    from medmcqa_lora.data.questions import fingerprint
 
     prints = {p.name: fingerprint(load_questions(str(p)).questions) for p in sorted(tmp_path.iterdir())}
     assert len(prints) == 8 and len(set(prints.values())) == 1, prints
@@ -56,9 +57,11 @@ def test_every_schema_and_format_reads_the_same(validation, tmp_path):
 def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2):
     import torch
 
-    from medmcqa_lora.evaluation import encode_prompts, length_batches, letter_logprobs
-    from medmcqa_lora.model import load_model, load_tokenizer
-    from medmcqa_lora.recipe import Recipe
+    from medmcqa_lora.evaluation.records import length_batches
+    from medmcqa_lora.evaluation.letters import encode_prompts, letter_logprobs
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.core.recipe import Recipe
 
     recipe = Recipe(max_eval_rows=24)
     tokenizer, model = load_tokenizer(recipe), load_model(recipe)
@@ -73,10 +76,11 @@ def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2)
 
 def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2):
     """Going on from the cache gives the numbers of a prompt of its own for each option, for questions with equal options, too."""
-    from medmcqa_lora.data import find_problems
-    from medmcqa_lora.model import load_model, load_tokenizer
-    from medmcqa_lora.options import choose_sharing, encode_options, option_logprobs, options_prompt, sharing_error
-    from medmcqa_lora.recipe import Recipe
+    from medmcqa_lora.data.questions import find_problems
+    from medmcqa_lora.model.resolve import load_tokenizer
+    from medmcqa_lora.model.load import load_model
+    from medmcqa_lora.evaluation.options import choose_sharing, encode_options, option_logprobs, options_prompt, sharing_error
+    from medmcqa_lora.core.recipe import Recipe
 
     recipe, loaded = Recipe(), load_questions(str(validation))
     twins = [q for q in find_problems(loaded.questions)["duplicate options"] if len(set(q.options)) < 4]

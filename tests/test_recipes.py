@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT
 
-from medmcqa_lora.recipe import Recipe, load_recipe, read_ini, recipe_types
+from medmcqa_lora.core.recipe import Recipe, recipe_types
+from medmcqa_lora.core.recipe_files import load_recipe, read_ini
 
 SECTIONS = read_ini(ROOT / "settings.ini").sections()
 CONTRACT = """model, tokenizer, dtype, attn_implementation, backend, data, eval_data, train_split, eval_split, max_rows, max_eval_rows, prompt_style, target,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ALL, processes_with
 
-from medmcqa_lora.checkpoints import MANIFEST, checkpoints, flaw, seal
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.launch import LaunchError, launch_train
-from medmcqa_lora.recipe import load_recipe
+from medmcqa_lora.training.checkpoints import MANIFEST, checkpoints, flaw, seal
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.launch.launcher import LaunchError, launch_train
+from medmcqa_lora.core.recipe_files import load_recipe
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 SMALL = dict(max_rows=10, max_eval_rows=2, per_device_train_batch_size=2, logging_steps=3, save_steps=4, max_steps=11)  # lines and checkpoints at different steps; epochs end in between
@@ -152,7 +152,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_taken(tmp_path, never_s
     same(folder, whole)
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; find_start and last_checkpoint themselves are tested in 02h_checkpoints")
+@pytest.mark.skipif(not ALL, reason="make test-all; find_start and last_checkpoint themselves are tested in training.checkpoints")
 def test_what_a_run_can_not_go_on_with(tmp_path, never_stopped):
     whole = never_stopped("dropout", 1)
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -198,7 +198,7 @@ def test_hosts_without_a_common_folder_get_the_checkpoint(tmp_path):
     assert (tmp_path / "host1/checkpoints/checkpoint-3/optimizer.pt").read_bytes() == (made / "optimizer.pt").read_bytes()
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; begin_demo and unfinished_demo are tested in 06_cli")
+@pytest.mark.skipif(not ALL, reason="make test-all; begin_demo and unfinished_demo are tested in cli")
 @pytest.mark.parametrize("seen", ["base/predictions.jsonl", "recipe.json", "checkpoints/checkpoint-2", "tuned/evaluation.json"])
 def test_a_demo_goes_on(seen, tmp_path):
     """Killed, and called again the same way, it takes up the folder that it had named, and does nothing twice."""

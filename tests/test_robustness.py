@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from conftest import ALL
 
-from medmcqa_lora.calibration import brier, calibration, expected_error, letter_logits, letter_probabilities, reliability
-from medmcqa_lora.data import LETTERS, fingerprint, identity, load_evaluation, load_pair, load_questions, render_prompt, with_examples
-from medmcqa_lora.evaluation import begin_evaluation, choose_scoring, collect, encode_prompts
-from medmcqa_lora.model import load_model, load_tokenizer
-from medmcqa_lora.orders import draw_orders, in_order, score_orders, summarise_orders
-from medmcqa_lora.recipe import Recipe
+from medmcqa_lora.analysis.calibration import brier, calibration, expected_error, letter_logits, letter_probabilities, reliability
+from medmcqa_lora.data.schemas import LETTERS
+from medmcqa_lora.data.questions import fingerprint, identity, load_evaluation, load_questions
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.prompts import render_prompt, with_examples
+from medmcqa_lora.evaluation.records import begin_evaluation, collect
+from medmcqa_lora.evaluation.letters import choose_scoring, encode_prompts
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.evaluation.option_order import draw_orders, in_order, score_orders, summarise_orders
+from medmcqa_lora.core.recipe import Recipe
 
 TOY = Recipe(model="toy-nemotron-h")
 pytestmark = pytest.mark.usefixtures("one_thread")

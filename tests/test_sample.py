@@ -4,8 +4,9 @@ from collections import Counter
 
 from conftest import REAL
 
-from medmcqa_lora.data import identity, load_questions, read_file
-from medmcqa_lora.recipe import shipped
+from medmcqa_lora.data.sources import read_file
+from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.core.files import shipped
 
 FIELDS = ["id", "question", "opa", "opb", "opc", "opd", "cop", "choice_type", "exp", "subject_name", "topic_name", "split"]
 

@@ -16,12 +16,16 @@ import torch
 from conftest import ALL, processes_with
 from transformers import TrainerCallback
 
-from medmcqa_lora.checkpoints import checkpoints, flaw
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import DiskError, read_lines
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer, save_adapter
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.training.checkpoints import checkpoints, flaw
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.core.files import DiskError, read_lines
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.model.adapter import save_adapter
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.training.trainer import make_trainer, train
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,7 +192,7 @@ def adapter(tmp_path_factory) -> Path:
 def test_a_disk_that_fills_up_while_a_folder_is_written(words, disk, adapter, cli):
     """One line that names the new folder, and nothing is left of it."""
     fill(disk, 40_960)
-    with patch("medmcqa_lora.merge.check_room"):  # it fills up later
+    with patch("medmcqa_lora.model.merge.check_room"), patch("medmcqa_lora.model.export.check_room"):  # it fills up later
         code, _, err = cli(words[0], adapter, "--out", disk / "new", *words[1:])
     assert code == 1 and err.count("\n") == 1 and f"{disk / 'new'}: can't be written (No space left on device); make room" in err, err
     assert [p.name for p in disk.iterdir()] == ["filler"]
@@ -197,7 +201,7 @@ def test_a_disk_that_fills_up_while_a_folder_is_written(words, disk, adapter, cl
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP"])
 def test_a_merge_that_is_told_to_end_leaves_nothing(how, tmp_path, adapter):
     """Held up in the middle, with half of the folder written."""
-    code = "import time; from medmcqa_lora import merge; merge.merge_card = lambda *a: time.sleep(60); from medmcqa_lora.cli import main; main()"
+    code = "import time; from medmcqa_lora.model import merge; merge.merge_card = lambda *a: time.sleep(60); from medmcqa_lora.cli import main; main()"
     mark = f"MARK{os.getpid()}{how}"
     command = subprocess.Popen([sys.executable, "-c", code, "merge", str(adapter), "--out", str(tmp_path / "new")], env=os.environ | {"MARK": mark}, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".new-*.part/*.safetensors")):

@@ -113,9 +113,9 @@ def test_docments_are_shown(site):
     def text(name):
         return re.sub(r"<[^>]+>|\s", "", (site / name).read_text())
 
-    assert "lora_rint16rankofAandB" in text("00_recipe.html")  # a field of a dataclass: type, default, comment
-    assert "namestrfolder,hubidorbuilt-inname" in text("02_model.html")  # a parameter
-    assert "Returnsstrfolderorhubid,forfrom_pretrained" in text("02_model.html")
+    assert "lora_rint16rankofAandB" in text("core.recipe.html")  # a field of a dataclass: type, default, comment
+    assert "namestrfolder,hubidorbuilt-inname" in text("model.load.html")  # a parameter
+    assert "Returnsstrfolderorhubid,forfrom_pretrained" in text("model.load.html")
 
 
 def test_nothing_of_this_machine_is_published(site):

@@ -13,11 +13,15 @@ import torch
 from conftest import ALL, processes_with
 from safetensors.torch import load_file
 
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.launch import World, launch_train, settle_parallel
-from medmcqa_lora.model import TOY, adapter_shapes, check_adapter, load_adapter, load_model
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.training import start_run
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.launch.preflight import settle_parallel
+from medmcqa_lora.launch.worker import World
+from medmcqa_lora.launch.launcher import launch_train
+from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.adapter import adapter_shapes, check_adapter, load_adapter
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.training.run_folder import start_run
 
 WAYS = ("ddp", "fsdp")
 TARGETS = ["attention", "mamba_in", "shared_experts", "routed_experts", "mlp"]
@@ -134,12 +138,16 @@ from pathlib import Path
 import torch; torch.set_num_threads(1)
 from torch.distributed.tensor import DTensor
 from accelerate.state import AcceleratorState, PartialState
-from medmcqa_lora import blocks, step
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.kernels import choose_packing
-from medmcqa_lora.model import attach_lora, load_model, load_tokenizer
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.fast import blocks
+from medmcqa_lora.fast.packing import choose_packing
+from medmcqa_lora.training import step
+from medmcqa_lora.training.trainer import make_trainer, train
 from test_spread import ALL, SITUATIONS, toy
 STEPS, calls = 2, Counter()
 def counted(function, name):

@@ -16,11 +16,11 @@ import nbformat
 import pytest
 from conftest import ALL, ROOT, processes_with
 
-from medmcqa_lora import status
-from medmcqa_lora.launch import launch_train
-from medmcqa_lora.progress import HEARTBEAT, LINE, identity, write_beat
-from medmcqa_lora.recipe import load_recipe
-from medmcqa_lora.status import EXIT, read_status
+from medmcqa_lora.launch import status
+from medmcqa_lora.launch.launcher import launch_train
+from medmcqa_lora.core.progress import HEARTBEAT, LINE, identity, write_beat
+from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.launch.status import EXIT, read_status
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 BEAT = dict(state="training", kind="training", doing="train", unit="step", step=3, steps=10)
@@ -97,7 +97,7 @@ def test_quiet(tmp_path, cli):
     assert read_status(tmp_path / "base")["state"] == "finished"  # by its summary
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; 05d_status has the rule")
+@pytest.mark.skipif(not ALL, reason="make test-all; launch.status has the rule")
 def test_killed_outright(tmp_path, cli):
     folder = tmp_path / "run"
     command(folder, "-p", "max_steps", "2000", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -111,7 +111,7 @@ def test_killed_outright(tmp_path, cli):
     assert code == 4 and "it goes on with the same command and --resume" in out
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; 02j_progress has the rule")
+@pytest.mark.skipif(not ALL, reason="make test-all; core.progress has the rule")
 @pytest.mark.parametrize("nproc", ["1", "2"])
 def test_failed_with_its_cause(tmp_path, cli, nproc):
     folder = tmp_path / "run"
@@ -123,7 +123,7 @@ def test_failed_with_its_cause(tmp_path, cli, nproc):
     assert code == 3 and re.match(rf"{folder}: failed: rank \d: step \d+: the loss", out)
 
 
-@pytest.mark.skipif(not ALL, reason="make test-all; 02j_progress has the parts")
+@pytest.mark.skipif(not ALL, reason="make test-all; core.progress has the parts")
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
 def test_a_terminal_has_a_bar(tmp_path, quiet):
     """One line that moves, and none of the plain ones; nothing at all if it is told to be quiet."""
@@ -183,7 +183,7 @@ def test_a_cause_can_do_nothing_to_a_terminal(tmp_path, cli):
 
 def test_a_full_disk_does_not_stop_the_work(tmp_path):
     """The heartbeat is the one file whose loss costs nothing."""
-    with patch("medmcqa_lora.progress.write_json", side_effect=OSError(28, "No space left on device")):
+    with patch("medmcqa_lora.core.progress.write_json", side_effect=OSError(28, "No space left on device")):
         write_beat(tmp_path, BEAT)
     assert not list(tmp_path.iterdir())
 
@@ -191,7 +191,7 @@ def test_a_full_disk_does_not_stop_the_work(tmp_path):
 def test_a_second_run_in_the_folder_leaves_the_heartbeat_of_the_first(tmp_path):
     """It is refused before anything is written: a notebook trains there, whose processes only a lock tells of."""
     (beat := tmp_path / HEARTBEAT).write_text(json.dumps(BEAT))
-    hold = f"from pathlib import Path; from medmcqa_lora.folders import hold; hold(Path({str(tmp_path)!r})); print('held', flush=True); input()"
+    hold = f"from pathlib import Path; from medmcqa_lora.core.folders import hold; hold(Path({str(tmp_path)!r})); print('held', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process writes there"):

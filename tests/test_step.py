@@ -17,14 +17,18 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from benchmarks.isolation import GROUPS, adapted
-from medmcqa_lora import step as step_module
-from medmcqa_lora.data import encode_questions, load_pair
-from medmcqa_lora.files import read_lines
-from medmcqa_lora.mamba import LONGEST
-from medmcqa_lora.model import TOY, attach_lora, device, load_model, load_tokenizer
-from medmcqa_lora.recipe import Recipe
-from medmcqa_lora.step import HeadLoss, RowCollator, Step, shape_of, use_head_loss
-from medmcqa_lora.training import make_trainer, train
+from medmcqa_lora.training import step as step_module
+from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.tokens import encode_questions
+from medmcqa_lora.core.files import read_lines
+from medmcqa_lora.fast.mamba import LONGEST
+from medmcqa_lora.core.environment import device
+from medmcqa_lora.model.resolve import TOY, load_tokenizer
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.recipe import Recipe
+from medmcqa_lora.training.step import HeadLoss, RowCollator, Step, shape_of, use_head_loss
+from medmcqa_lora.training.trainer import make_trainer, train
 
 CHUNK = TOY["chunk_size"]
 LENGTHS = [57, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 2]
@@ -143,7 +147,7 @@ INTERPRETED = """
 import sys; sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 import test_step as t
-from medmcqa_lora import blocks, fused, kernels
+from medmcqa_lora.fast import blocks, mamba, operations
 for module in {modules}:
     module.use_triton = lambda *tensors: True
 scanned, scan = [], blocks.scan_forward
@@ -169,14 +173,14 @@ def interpreted(modules: str, cases: list[tuple]) -> None:
 @needs_interpreter
 def test_the_packages_scan_in_the_whole_model():
     border = [1, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 1, 3 * CHUNK]  # two tokens of the fifth lie in the next block of 64; the last one of an example has no gradient
-    interpreted("(kernels,)", [(border, 1, False)] + [(*SITUATIONS[s], False) for s in SITUATIONS if ALL])
+    interpreted("(mamba,)", [(border, 1, False)] + [(*SITUATIONS[s], False) for s in SITUATIONS if ALL])
 
 
 @needs_interpreter
 @pytest.mark.skipif(not ALL, reason="make test-all: Triton's interpreter takes its time")
 @pytest.mark.parametrize("few", [False, True], ids=["as routed", "all to the same experts"])
 def test_all_of_the_packages_kernels_in_the_whole_model(few):
-    interpreted("(kernels, fused)", [(*SITUATIONS["filled"], few)])
+    interpreted("(mamba, operations)", [(*SITUATIONS["filled"], few)])
 
 
 ROWS = [examples([5, 40, 17], 1), examples([30], 2), examples([64, 9, 33, 3], 3), examples([40, 17, 5], 4), examples([2, 31], 5)]  # of five shapes, the last a smaller batch
@@ -469,14 +473,15 @@ def test_a_recorded_step_waits_for_nothing(recording):
 @needs_gpu
 def test_long_documents_go_to_mamba_ssm(monkeypatch):
     """A document of up to LONGEST tokens is scanned by this package, one token more by mamba_ssm; the loss is eager float32's."""
-    from medmcqa_lora import blocks, kernels
+    from medmcqa_lora.core.environment import missing_kernels
+    from medmcqa_lora.fast import blocks, mamba
 
-    if kernels.missing_kernels():
-        pytest.skip(f"missing here: {', '.join(kernels.missing_kernels())}")
+    if missing_kernels():
+        pytest.skip(f"missing here: {', '.join(missing_kernels())}")
     scanned, lean = [], []
-    scan, other = blocks.scan_forward, kernels.lean_forward
+    scan, other = blocks.scan_forward, mamba.lean_forward
     monkeypatch.setattr(blocks, "scan_forward", lambda *args: (scanned.append(1), scan(*args))[1])
-    monkeypatch.setattr(kernels, "lean_forward", lambda *args: (lean.append(1), other(*args))[1])
+    monkeypatch.setattr(mamba, "lean_forward", lambda *args: (lean.append(1), other(*args))[1])
     model = ours()
     for length, counts in ((LONGEST, (2, 0)), (LONGEST + 1, (0, 2))):
         rows = examples([30, length, 1])

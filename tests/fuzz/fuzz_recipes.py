@@ -10,7 +10,7 @@ import atheris
 from common import check_message, scratch
 
 with atheris.instrument_imports(include=["medmcqa_lora", "configparser"]):
-    from medmcqa_lora import recipe
+    from medmcqa_lora.core import recipe, recipe_files
 from papermill.translators import PythonTranslator
 
 FILE, TYPES = scratch() / "mine.ini", recipe.recipe_types()
@@ -21,11 +21,11 @@ def one(content: bytes):
     FILE.write_bytes(content if cut < 0 else content[:cut])
     words = content[cut + 1:].decode("utf-8", "surrogateescape").split("\0") if cut >= 0 else []
     try:
-        found = recipe.load_recipe(str(FILE), dict(w.partition("=")[::2] for w in words))
+        found = recipe_files.load_recipe(str(FILE), dict(w.partition("=")[::2] for w in words))
     except recipe.RecipeError as e:
         return check_message(e, FILE.name, "-p", *TYPES)
     values = asdict(found)
-    assert recipe.recipe_from(values) == found and recipe.show_recipe(found)
+    assert recipe_files.recipe_from(values) == found and recipe_files.show_recipe(found)
     cell = ast.parse(PythonTranslator.codify(values, "Parameters"))
     assert {n.targets[0].id: ast.literal_eval(n.value) for n in cell.body} == values
 

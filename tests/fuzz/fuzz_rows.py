@@ -11,7 +11,7 @@ import atheris
 from common import check_message, scratch
 
 with atheris.instrument_imports(include=["medmcqa_lora", "csv"]):
-    from medmcqa_lora import data
+    from medmcqa_lora.data import explore, leakage, prompts, questions
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -70,18 +70,18 @@ def one(content: bytes):
     file = PLACE / f"rows{suffix}"
     file.write_bytes(raw)
     try:
-        loaded = data.load_questions(str(file), label_base=("auto", "0", "1")[len(content) % 3])
+        loaded = questions.load_questions(str(file), label_base=("auto", "0", "1")[len(content) % 3])
     except ValueError as e:
         return check_message(e, file.name)
     for q in loaded.questions[:8]:
         for style in ("plain", "lm_eval"):
-            assert data.render_prompt(q, style).encode()
-        assert q.answer in (0, 1, 2, 3) and all(q.options) and data.identity(q)
+            assert prompts.render_prompt(q, style).encode()
+        assert q.answer in (0, 1, 2, 3) and all(q.options) and questions.identity(q)
         json.dumps(q.id, ensure_ascii=False).encode()
-    assert data.describe(loaded.problems).isprintable() and len({q.id for q in loaded.questions}) == len(loaded.questions)
-    data.fingerprint(loaded.questions)
-    data.drop_overlaps(loaded.questions[:20], loaded.questions[20:40], "near")
-    data.to_frame(loaded.questions)
+    assert questions.describe(loaded.problems).isprintable() and len({q.id for q in loaded.questions}) == len(loaded.questions)
+    questions.fingerprint(loaded.questions)
+    leakage.drop_overlaps(loaded.questions[:20], loaded.questions[20:40], "near")
+    explore.to_frame(loaded.questions)
 
 
 if __name__ == "__main__":

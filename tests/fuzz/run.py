@@ -13,8 +13,9 @@ ROOT = HERE.parent.parent
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
 sys.path.insert(0, str(ROOT))
 
-from medmcqa_lora.data import TEXTS  # noqa: E402
-from medmcqa_lora.recipe import recipe_types, shipped  # noqa: E402
+from medmcqa_lora.data.schemas import TEXTS  # noqa: E402
+from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.recipe import recipe_types  # noqa: E402
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
