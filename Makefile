@@ -32,7 +32,7 @@ test-all: .venv/.installed  ## the tests with every repetition
 FUZZ_SECONDS ?= 600
 fuzz: .venv/.installed  ## fuzzing of the row and recipe loaders, FUZZ_SECONDS each; what it finds goes to _runs/fuzz
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
-	$(BIN)/python tests/fuzz/run.py $(FUZZ_SECONDS)
+	$(BIN)/python tests/security/fuzz/run.py $(FUZZ_SECONDS)
 
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter lab nbs  # tqdm's bars are text here; its advice would stand in every notebook

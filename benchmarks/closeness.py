@@ -28,7 +28,7 @@ from torch import nn
 
 from medmcqa_lora.fast.blocks import in_float8
 from medmcqa_lora.fast.packing import packing_collator
-from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.core.environment import KERNELS, git_commit, hardware, versions
@@ -123,12 +123,12 @@ def closeness(blocks: str, seed: int, ordinary: int, experts: bool) -> dict:
         recipe, config = make_recipe(blocks, "bfloat16", Path(folder), seed)
         recipe = replace(recipe, lora_targets=GROUPS if experts else GROUPS[:-1])
         rows = packing_collator()(examples(config["chunk_size"], config["vocab_size"], seed, ordinary))
-        base = load_model(recipe)
-        plain, exact = load_model(replace(recipe, fast="off")), load_model(replace(recipe, dtype="float32", fast="off"))
+        base = apply_fast_parts(load_model(recipe), recipe)
+        plain, exact = apply_fast_parts(load_model(replace(recipe, fast="off")), replace(recipe, fast="off")), apply_fast_parts(load_model(replace(recipe, dtype="float32", fast="off")), replace(recipe, dtype="float32", fast="off"))
         for other in (plain, exact):
             same_weights(base, other)
         exact.set_experts_implementation("eager")  # the grouped product may round to TF32
-        ours, plain, exact = (fill(attach_lora(m, r), seed) for m, r in ((base, recipe), (plain, replace(recipe, fast="off")), (exact, replace(recipe, dtype="float32", fast="off"))))
+        ours, plain, exact = (fill(apply_fast_parts(attach_lora(m, r), r), seed) for m, r in ((base, recipe), (plain, replace(recipe, fast="off")), (exact, replace(recipe, dtype="float32", fast="off"))))
     device = next(ours.parameters()).device
     row, found = {k: v.to(device) if torch.is_tensor(v) else v for k, v in rows.items()}, {}
     for case in ("as it is", "all to the first experts"):

@@ -30,13 +30,14 @@ from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.fast.apply import apply_fast_parts
 
 WINDOW = 20  # steps of the running mean, which takes out what one batch differs from another
 
 
 def pretrain(recipe: Recipe, rows: list[dict], steps: int, size: int, rate: float, folder: Path) -> list[float]:
     """Losses of training all parameters on whole rows, in float32; leaves model and tokenizer in the folder."""
-    model, collate = load_model(replace(recipe, fast="off", dtype="float32")).train(), packing_collator()
+    model, collate = apply_fast_parts(load_model(replace(recipe, fast="off", dtype="float32")), replace(recipe, fast="off", dtype="float32")).train(), packing_collator()
     for p in model.parameters():
         p.requires_grad_()
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(recipe.seed)
@@ -61,7 +62,7 @@ def pretrain(recipe: Recipe, rows: list[dict], steps: int, size: int, rate: floa
 def curve(recipe: Recipe, order: int, tokenizer, encoded, held_out, folder: Path) -> dict:
     """Losses of LoRA training, a number a step, and those on the rows held out; the adapter starts from the recipe's seed, the order of rows from its own."""
     folder.mkdir()
-    model, began = attach_lora(load_model(recipe), recipe), time.perf_counter()
+    model, began = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe), time.perf_counter()
     train(make_trainer(model, tokenizer, encoded, replace(recipe, seed=order), folder, held_out, packed=True), folder)
     return dict(losses=[m["loss"] for m in read_lines(folder / "metrics.jsonl") if "loss" in m], held_out=[e["eval_loss"] for e in read_lines(folder / "evals.jsonl")],
                 seconds=round(time.perf_counter() - began, 1))

@@ -20,7 +20,7 @@ from torch import nn
 
 from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right
 from medmcqa_lora.fast.packing import packing_collator
-from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.model.resolve import TOY
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
@@ -33,7 +33,7 @@ GROUPS = ["attention", "mamba_in", "shared_experts", "routed_experts"]
 
 def adapted(recipe: Recipe):
     """The recipe's model in training mode, with random values in B and in the convolutions' biases."""
-    model = attach_lora(load_model(recipe), recipe).train()
+    model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe).train()
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name or name.endswith("conv1d.bias"):

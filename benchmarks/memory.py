@@ -39,6 +39,7 @@ from medmcqa_lora.core.files import shipped
 from medmcqa_lora.core.recipe import Recipe, check_recipe
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.training.trainer import make_trainer
+from medmcqa_lora.fast.apply import apply_fast_parts
 
 THREE = ("attention", "mamba_in", "shared_experts")
 
@@ -141,9 +142,9 @@ class Watch(TrainerCallback):
 def measure(case: Case, folder: Path, toy: bool, steps: int, seed: int) -> dict:
     """Predicted and measured GiB of one configuration."""
     recipe, lengths, cuda = make_recipe(case, folder, toy, steps, seed), row_lengths(case, toy), torch.cuda.is_available()
-    model = load_model(recipe)
+    model = apply_fast_parts(load_model(recipe), recipe)
     total, blocks = sum(p.numel() for p in model.parameters()), find_blocks(model, recipe)
-    tuned = attach_lora(model, recipe)
+    tuned = apply_fast_parts(attach_lora(model, recipe), recipe)
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     p = make_pass(case, lengths, tuned, recipe)
     fixed = sum(memory_parts(total, trainable, recipe).values()) * 2**30

@@ -29,6 +29,7 @@ from medmcqa_lora.model.resolve import load_tokenizer
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.evaluation.options import score_options
 from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.fast.apply import apply_fast_parts
 
 
 def ours(model, tokenizer, questions, recipe) -> dict[str, str]:
@@ -48,7 +49,7 @@ def plain(model, tokenizer, questions, recipe) -> dict[str, str]:
 
 def views(name: str = "demo", rows: str = "sample", n: str = "100", repeats: str = "3") -> None:
     recipe = load_recipe(name)
-    tokenizer, model = load_tokenizer(recipe), load_model(recipe).eval()
+    tokenizer, model = load_tokenizer(recipe), apply_fast_parts(load_model(recipe), recipe).eval()
     questions, said = load_questions(rows, "validation", limit=int(n)).questions, {}
 
     def run(view, score, questions, **how):
@@ -84,7 +85,7 @@ if __name__ == "__main__":
         sys.exit()
     name, rows, pairs, chunk = [*sys.argv[1:5], *["demo", "sample", "20", "4"][len(sys.argv) - 1:]]
     recipe = load_recipe(name, {"per_device_eval_batch_size": chunk})
-    tokenizer, model = load_tokenizer(recipe), load_model(recipe)
+    tokenizer, model = load_tokenizer(recipe), apply_fast_parts(load_model(recipe), recipe)
     questions = load_questions(rows, "validation").questions
     rates, agreed = {"ours": [], "four passes": []}, 0
     for k in range(int(pairs) + 1):

@@ -34,7 +34,7 @@ from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.tokens import Encoded, encode_questions
 from medmcqa_lora.core.files import append_line, read_lines, write_json
 from medmcqa_lora.fast.packing import choose_packing
-from medmcqa_lora.fast.apply import describe_kernels
+from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.launch.worker import join_world
 from medmcqa_lora.model.resolve import load_config, load_tokenizer
 from medmcqa_lora.model.checkpoint import empty_model
@@ -83,12 +83,12 @@ def measure(job: dict) -> dict:
     own = encode_questions(load_questions(recipe.data, recipe.train_split, recipe.label_base, limit=recipe.max_rows or 5000, training=True).questions, tokenizer, recipe).rows
     lengths = make_lengths(load, [len(r["input_ids"]) for r in own], recipe.seed)
     size = recipe.per_device_train_batch_size
-    model = load_model(recipe)
+    model = apply_fast_parts(load_model(recipe), recipe)
     parameters = passed_parameters(empty_model(recipe.model) if Path(recipe.model).is_dir() else model)
     steps = rows_of_steps(load, size, world.size, lengths, [i for r in own for i in r["input_ids"]], model.config.vocab_size)
     rows = [example for step in steps for batch in step for example in batch]
     packing = choose_packing(model, rows, recipe)
-    tuned, ends = attach_lora(model, recipe), Ends(load.warmup)
+    tuned, ends = apply_fast_parts(attach_lora(model, recipe), recipe), Ends(load.warmup)
     kernels = describe_kernels(tuned, recipe, packing)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(tuned, tokenizer, Encoded(Dataset.from_list(rows), [], 0, []), recipe, Path(folder), packed=packing[0])

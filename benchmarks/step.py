@@ -22,6 +22,7 @@ from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.training.trainer import make_trainer
+from medmcqa_lora.fast.apply import apply_fast_parts
 
 
 class Clock(TrainerCallback):
@@ -57,7 +58,7 @@ if __name__ == "__main__":
     recipe = load_recipe(name, {"max_steps": str(steps), "save_steps": "1000"})
     tokenizer = load_tokenizer(recipe)
     encoded = encode_questions(load_questions("sample", "train").questions, tokenizer, recipe)
-    model = attach_lora(load_model(recipe), recipe)
+    model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
     taken = alternate({"ours": partial(seconds, make_trainer, model, tokenizer, encoded, recipe), "bare TRL": partial(seconds, plain_trainer, model, tokenizer, encoded, recipe)}, int(pairs))
     ratios = [a / b for a, b in zip(taken["ours"], taken["bare TRL"])]
     record("step", dict(recipe=name, steps=int(steps), seed=recipe.seed), {**{f"{k}, s a step": spread(t) for k, t in taken.items()}, "ratio ours / bare TRL": spread(ratios)})

@@ -18,7 +18,7 @@ from ..model.resolve import load_config, load_tokenizer
 from ..model.load import check_backend, load_model
 from ..model.lora import attach_lora
 from ..fast.packing import choose_packing, row_multiple
-from ..fast.apply import describe_kernels
+from ..fast.apply import apply_fast_parts, describe_kernels
 from ..training.step import Recording, Step, can_use_head_loss
 from ..training.trainer import make_trainer
 from ..evaluation.letters import letter_logprobs, prompt_batch, scoring_batches
@@ -98,12 +98,12 @@ def prepare(recipe: Recipe, name: str, # of VARIANTS
     check_hidden(variant, load_config(recipe.model).model_type)
     check_backend(recipe)
     if unwritten: recipe = random_files(recipe, folder)
-    model = load_model(recipe)
+    model = apply_fast_parts(load_model(recipe), recipe)
     size = recipe.per_device_train_batch_size
     made = make_rows(list(islice(cycle(lengths), size * (1 + max(load.order)))), stream, model.config.vocab_size)
     rows = [r for i in load.order for r in made[i * size:(i + 1) * size]]
     parameters, packing = passed_parameters(model), choose_packing(model, rows, recipe)
-    tuned = attach_lora(model, recipe)
+    tuned = apply_fast_parts(attach_lora(model, recipe), recipe)
     known = dict(recipe=asdict(recipe), parameters_passed=parameters, kernels=describe_kernels(tuned, recipe, packing).splitlines(), trainable=sum(p.numel() for p in tuned.parameters() if p.requires_grad))
     return Prepared(tuned, tokenizer, rows, recipe, packing[0], parameters, known)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['some', 'nearest', 'bar_columns', 'visible', 'short', 'label', 'in_markdown', 'csv_text', 'is_text', 'literal',
-           'size_in_words']
+           'size_in_words', 'one_line', 'markdown_table']
 
 # %% ../../nbs/0_core/text.ipynb #bca5b44f
 import difflib, re, shutil
@@ -77,3 +77,26 @@ def size_in_words(n: float # bytes
                  ) -> str: # such as "65 MiB"
     "Bytes in words."
     return f"{n / 2**30:.1f} GiB" if n > 2**30 else f"{n / 2**20:.2f} MiB"
+
+# %% ../../nbs/0_core/text.ipynb #de6e0cd8
+def one_line(error: object, # an exception, or its text
+             limit: int = 160 # characters
+            ) -> str:
+    "What an exception says, in one line."
+    return " ".join(str(error).split())[:limit]
+
+# %% ../../nbs/0_core/text.ipynb #5d668a2f
+def markdown_table(rows: list[dict[str, object]], # column -> cell; a missing cell is empty
+                   empty_columns: bool = False # show columns without a cell, too
+                  ) -> str: # a table in GitHub's Markdown
+    "Rows as a Markdown table. Text from data must have passed `in_markdown`."
+    from tabulate import tabulate
+    columns = dict.fromkeys(column for row in rows for column in row)
+    if not empty_columns: columns = [c for c in columns if any(row.get(c) not in ("", None) for row in rows)]
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+    return tabulate(cells, [_cell(c) for c in columns], tablefmt="github", disable_numparse=True)
+
+def _cell(value: object) -> str:
+    "A cell's text; a bar inside it would begin another cell."
+    text = "" if value is None else str(value)
+    return text.replace("\\|", "|").replace("|", "\\|")

@@ -25,6 +25,7 @@ from ..model.load import load_model
 from ..model.adapter import load_adapter
 from .records import begin_evaluation, collect, record_packing
 from .letters import choose_scoring, encode_prompts, score_questions
+from ..fast.apply import apply_fast_parts
 
 # %% ../../nbs/5_evaluation/cross_check.ipynb #90a557ec
 def find_harness() -> str: # its version
@@ -194,8 +195,8 @@ def run_cross_check(recipe: Recipe, # with prompt_style lm_eval and no worked ex
     if len(questions) < 2: raise ValueError(f"{loaded.source}: cross-check needs at least two questions")
     say(f"{len(questions):,} of {loaded.read:,} rows of {loaded.source}; {describe(loaded.problems)}")
     begin_evaluation(out, recipe, str(adapter) if adapter else None, questions, resume)
-    model, tokenizer = load_model(recipe), load_tokenizer(recipe)
-    if adapter: model = load_adapter(model, adapter)
+    model, tokenizer = apply_fast_parts(load_model(recipe), recipe), load_tokenizer(recipe)
+    if adapter: model = apply_fast_parts(load_adapter(model, adapter), recipe)
     record_packing(out, packed := choose_scoring(model, tokenizer, questions, recipe)[0])
     score_questions(model, tokenizer, questions, recipe, out, packed=packed)
     found = check_questions(model, tokenizer, questions, recipe, collect(out, questions), score_by_harness(model, tokenizer, questions, rows, out / "harness.jsonl"))

@@ -14,9 +14,7 @@ from ..core.files import checksum, write_json
 from ..core.folders import whole_folder
 from ..core.untrusted import check_adapter_config
 from .checkpoint import planned_model
-from ..fast.layers import is_fused
-from ..fast.experts import is_grouped
-from ..fast.blocks import speed_up
+
 
 # %% ../../nbs/2_model/adapter.ipynb #2fe00ed2
 def sort_targets(file: Path # adapter_config.json
@@ -91,7 +89,4 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module: # a PEFT model in
     "Put a saved adapter on its base model; raises `ValueError` for a configuration that would import a module."
     from peft import PeftModel
     check_adapter_config(folder)
-    fast = any(is_grouped(m) or is_fused(m) for m in model.modules())
-    tuned = PeftModel.from_pretrained(model, str(folder)).eval()
-    if fast: speed_up(tuned)
-    return tuned
+    return PeftModel.from_pretrained(model, str(folder)).eval()

@@ -20,9 +20,6 @@ from .resolve import load_config, resolve_model
 from medmcqa_lora.model.checkpoint import (
     check_checkpoint, differences, planned_model, refuse_differences,
 )
-from ..fast.packing import keep_apart
-from ..fast.blocks import speed_up, to_float8
-from ..fast.apply import check_kernels
 
 # %% ../../nbs/2_model/load.ipynb #5004e8ad
 def check_backend(recipe: Recipe # about to be run
@@ -94,22 +91,17 @@ def _make_random(recipe: Recipe) -> nn.Module:
     return settle(model, recipe)
 
 # %% ../../nbs/2_model/load.ipynb #f36888d5
-def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, in eval mode
+def load_model(recipe: Recipe) -> nn.Module: # a causal language model on this process' device, frozen, in eval mode
     "Load the recipe's base model; raises `ValueError` in one line."
     check_backend(recipe)
     find_mamba_kernels()
     where = resolve_model(recipe.model, recipe.weights == "pretrained")
-    if recipe.backend == "hf" and Path(where).is_dir(): check_kernels(load_config(recipe.model).model_type, recipe)  # before anything large is read
     if Path(where).is_dir() and recipe.weights == "pretrained": check_checkpoint(Path(where), recipe.model)  # of a hub id, what was loaded is compared
     with memory_explained(lambda said: describe_loading_error(said, recipe)):
         try: model = _load_unsloth(where, recipe) if recipe.backend == "unsloth" else _make_random(recipe) if recipe.weights == "random" else _load_hf(where, recipe)
         except (OSError, KeyError, ImportError) as e:
             raise ValueError(f"model {recipe.model}: can't be loaded ({' '.join(str(e).split())[:200]}); check the name, the network and HF_HUB_OFFLINE") from None
-        check_kernels(model.config.model_type, recipe, model)
-        if recipe.quantization == "fp8": to_float8(model.requires_grad_(False))
-        if recipe.backend == "hf": keep_apart(model, recipe.fast != "off")
-        if recipe.backend == "hf" and recipe.fast != "off": speed_up(model)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 # %% ../../nbs/2_model/load.ipynb #b886ace6
 def weight_width(recipe: Recipe # with a dtype that is not auto

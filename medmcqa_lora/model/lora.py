@@ -17,7 +17,7 @@ from torch import nn
 from ..core.text import nearest
 from ..core.recipe import Recipe
 from ..core.environment import own_generator
-from ..fast.blocks import speed_up
+
 
 # %% ../../nbs/2_model/lora.ipynb #78e61890
 BLOCKS = {"linear_attention": "mamba", "full_attention": "attention", "attention": "attention", "mamba": "mamba", "moe": "moe", "mlp": "mlp"}
@@ -125,8 +125,6 @@ def attach_lora(model: nn.Module, recipe: Recipe) -> nn.Module: # a PEFT model; 
     with own_generator():
         torch.manual_seed(recipe.seed)
         tuned = get_peft_model(model, lora_config(model, recipe))
-    if recipe.fast != "off": speed_up(tuned)
-    if recipe.quantization == "fp8": tuned._ddp_params_and_buffers_to_ignore = [n for n, p in tuned.named_parameters() if not p.requires_grad]  # equal in all processes; and where 8 bits took a matrix' place, there is nothing to send
     return tuned
 
 # %% ../../nbs/2_model/lora.ipynb #2cf92498
