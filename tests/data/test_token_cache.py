@@ -108,7 +108,7 @@ def test_an_unwritable_folder_stops_nothing(tmp_path):
 
 def test_several_processes_at_once(tmp_path):
     """All write the same file; each has whole rows, and nothing else stays behind."""
-    code = ("import sys; from pathlib import Path; from tests.test_token_cache import encoded\n"
+    code = ("import sys; from pathlib import Path; from tests.data.test_token_cache import encoded\n"
             "print(encoded(Path(sys.argv[1])).rows[:]['labels'] == encoded(None).rows[:]['labels'])")
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env) for _ in range(3)]
