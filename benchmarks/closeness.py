@@ -10,6 +10,7 @@ that sends every token to the same experts and leaves the others without any. Di
 the reference's norm: of the logits, and of all LoRA gradients of the loss on every token. Appends a line to
 benchmarks/closeness.jsonl (or --out FILE).
 """
+
 import argparse
 import importlib
 import inspect
@@ -26,19 +27,34 @@ import torch.nn.functional as F
 from isolation import GROUPS, make_recipe
 from torch import nn
 
+from medmcqa_lora.core.environment import KERNELS, git_commit, hardware, versions
+from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.fast.blocks import in_float8
 from medmcqa_lora.fast.packing import packing_collator
-from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
-from medmcqa_lora.core.environment import KERNELS, git_commit, hardware, versions
 
 
 def examples(chunk: int, vocabulary: int, seed: int, ordinary: int) -> list[dict]:
     """Examples of awkward lengths, and some of the usual ones."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = [57, 1, chunk - 1, chunk, chunk + 1, 2 * chunk + 44, 3, *torch.randint(20, 120, (ordinary,), generator=generator).tolist()]
-    return [dict(input_ids=(r := torch.randint(3, vocabulary, (n,), generator=generator).tolist()), labels=r) for n in lengths]
+    lengths = [
+        57,
+        1,
+        chunk - 1,
+        chunk,
+        chunk + 1,
+        2 * chunk + 44,
+        3,
+        *torch.randint(20, 120, (ordinary,), generator=generator).tolist(),
+    ]
+    return [
+        dict(
+            input_ids=(r := torch.randint(3, vocabulary, (n,), generator=generator).tolist()),
+            labels=r,
+        )
+        for n in lengths
+    ]
 
 
 def same_weights(model: nn.Module, other: nn.Module) -> None:
@@ -64,9 +80,15 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 @contextmanager
 def pytorch_alone():
     """transformers' Mamba blocks by its PyTorch code, each example in a row of its own, also where its kernels are installed."""
-    code, mamba = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h"), importlib.import_module("medmcqa_lora.fast.mamba")
+    code, mamba = (
+        importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h"),
+        importlib.import_module("medmcqa_lora.fast.mamba"),
+    )
     plain = {name: inspect.unwrap(getattr(code, name)) for name in KERNELS}
-    with patch.multiple(code, **plain), patch.object(mamba, "missing_kernels", lambda: ("left out",)):
+    with (
+        patch.multiple(code, **plain),
+        patch.object(mamba, "missing_kernels", lambda: ("left out",)),
+    ):
         yield
 
 
@@ -74,7 +96,11 @@ def loss_of(model: nn.Module, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (T, vocabulary) and the mean loss on every token that has one before it in its example."""
     half = next(p for p in model.parameters() if not p.requires_grad).dtype == torch.bfloat16
     with torch.autocast(row["input_ids"].device.type, torch.bfloat16, enabled=half):
-        logits = model(**{k: v for k, v in row.items() if k != "labels"}, use_cache=False).logits[0].float()
+        logits = (
+            model(**{k: v for k, v in row.items() if k != "labels"}, use_cache=False)
+            .logits[0]
+            .float()
+        )
     return logits, F.cross_entropy(logits[:-1], row["labels"][0, 1:], ignore_index=-100)
 
 
@@ -83,7 +109,9 @@ def eager(model: nn.Module, row: dict) -> tuple[torch.Tensor, dict[str, torch.Te
     model.zero_grad(set_to_none=True)
     logits, loss = loss_of(model, row)
     loss.backward()
-    return logits.detach(), {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def replayed(model: nn.Module, row: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -98,14 +126,22 @@ def replayed(model: nn.Module, row: dict) -> tuple[torch.Tensor, dict[str, torch
         for p in wanted:
             p.grad.zero_()
         graph.replay()
-    return logits.detach().clone(), {n: p.grad.float().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return logits.detach().clone(), {
+        n: p.grad.float().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def apart(found: tuple, reference: tuple) -> dict[str, float]:
     """Relative differences of logits, of all gradients together, and of the worst matrix' gradient."""
     (y, g), (y0, g0) = found, reference
-    whole = (sum((g[n] - g0[n]).square().sum() for n in g0) / sum(v.square().sum() for v in g0.values())).sqrt()
-    return dict(logits=float((y - y0).norm() / y0.norm()), gradients=float(whole), worst=max(float((g[n] - g0[n]).norm() / g0[n].norm().clamp(min=1e-12)) for n in g0))
+    whole = (
+        sum((g[n] - g0[n]).square().sum() for n in g0) / sum(v.square().sum() for v in g0.values())
+    ).sqrt()
+    return dict(
+        logits=float((y - y0).norm() / y0.norm()),
+        gradients=float(whole),
+        worst=max(float((g[n] - g0[n]).norm() / g0[n].norm().clamp(min=1e-12)) for n in g0),
+    )
 
 
 def favour(model: nn.Module, few: bool) -> None:
@@ -122,13 +158,28 @@ def closeness(blocks: str, seed: int, ordinary: int, experts: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         recipe, config = make_recipe(blocks, "bfloat16", Path(folder), seed)
         recipe = replace(recipe, lora_targets=GROUPS if experts else GROUPS[:-1])
-        rows = packing_collator()(examples(config["chunk_size"], config["vocab_size"], seed, ordinary))
+        rows = packing_collator()(
+            examples(config["chunk_size"], config["vocab_size"], seed, ordinary)
+        )
         base = apply_fast_parts(load_model(recipe), recipe)
-        plain, exact = apply_fast_parts(load_model(replace(recipe, fast="off")), replace(recipe, fast="off")), apply_fast_parts(load_model(replace(recipe, dtype="float32", fast="off")), replace(recipe, dtype="float32", fast="off"))
+        plain, exact = (
+            apply_fast_parts(load_model(replace(recipe, fast="off")), replace(recipe, fast="off")),
+            apply_fast_parts(
+                load_model(replace(recipe, dtype="float32", fast="off")),
+                replace(recipe, dtype="float32", fast="off"),
+            ),
+        )
         for other in (plain, exact):
             same_weights(base, other)
         exact.set_experts_implementation("eager")  # the grouped product may round to TF32
-        ours, plain, exact = (fill(apply_fast_parts(attach_lora(m, r), r), seed) for m, r in ((base, recipe), (plain, replace(recipe, fast="off")), (exact, replace(recipe, dtype="float32", fast="off"))))
+        ours, plain, exact = (
+            fill(apply_fast_parts(attach_lora(m, r), r), seed)
+            for m, r in (
+                (base, recipe),
+                (plain, replace(recipe, fast="off")),
+                (exact, replace(recipe, dtype="float32", fast="off")),
+            )
+        )
     device = next(ours.parameters()).device
     row, found = {k: v.to(device) if torch.is_tensor(v) else v for k, v in rows.items()}, {}
     for case in ("as it is", "all to the first experts"):
@@ -139,16 +190,29 @@ def closeness(blocks: str, seed: int, ordinary: int, experts: bool) -> dict:
         mine = eager(ours, row)
         with in_float8(ours):
             eight = eager(ours, row)
-        found[case] = {"transformers": apart(theirs, reference), "ours": apart(mine, reference), "ours, fp8": apart(eight, reference), "ours, fp8, from ours": apart(eight, mine)}
+        found[case] = {
+            "transformers": apart(theirs, reference),
+            "ours": apart(mine, reference),
+            "ours, fp8": apart(eight, reference),
+            "ours, fp8, from ours": apart(eight, mine),
+        }
         if torch.cuda.is_available():
             found[case]["ours, replayed, from ours"] = apart(replayed(ours, row), mine)
-    return dict(differences=found, tokens=int(row["input_ids"].numel()), kernels=describe_kernels(ours, recipe, (True, "asked for")).splitlines())
+    return dict(
+        differences=found,
+        tokens=int(row["input_ids"].numel()),
+        kernels=describe_kernels(ours, recipe, (True, "asked for")).splitlines(),
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", default="", help="pattern of full-size blocks, such as MEM*E; none: the toy")
-    parser.add_argument("--ordinary", type=int, default=10, help="examples of usual lengths beside the awkward ones")
+    parser.add_argument(
+        "--blocks", default="", help="pattern of full-size blocks, such as MEM*E; none: the toy"
+    )
+    parser.add_argument(
+        "--ordinary", type=int, default=10, help="examples of usual lengths beside the awkward ones"
+    )
     parser.add_argument("--experts", action="store_true", help="LoRA on routed experts, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
@@ -158,7 +222,20 @@ if __name__ == "__main__":
     print("\n".join(found["kernels"]))
     for case, ways in found["differences"].items():
         for way, row in ways.items():
-            print(f"{case:<26} {way:<26} " + "  ".join(f"{what} {value:.2e}" for what, value in row.items()))
-    line = dict(benchmark="closeness", commit=args.commit or git_commit(), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), settings=dict(blocks=args.blocks, ordinary=args.ordinary, experts=args.experts, seed=args.seed), **found)
+            print(
+                f"{case:<26} {way:<26} "
+                + "  ".join(f"{what} {value:.2e}" for what, value in row.items())
+            )
+    line = dict(
+        benchmark="closeness",
+        commit=args.commit or git_commit(),
+        date=time.strftime("%Y-%m-%d"),
+        hardware=hardware(),
+        versions=versions(),
+        settings=dict(
+            blocks=args.blocks, ordinary=args.ordinary, experts=args.experts, seed=args.seed
+        ),
+        **found,
+    )
     with open(args.out, "a") as f:
         f.write(json.dumps(line) + "\n")

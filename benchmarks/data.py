@@ -7,6 +7,7 @@ words of a real validation row, explanations included; they say nothing. Then, e
 and checked (`load_pair`), tokenised for SmolLM2 (`encode_questions`) and packed, eight examples a row, as the trainer's
 collator does. "again" is the same with the first process' cache. Target: first run within 60 s and 2 GB on two cores.
 """
+
 import argparse
 import json
 import os
@@ -22,12 +23,12 @@ import torch
 from common import record, spread
 from torch.utils.data import DataLoader
 
-from medmcqa_lora.data.sources import read_file
+from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
+from medmcqa_lora.data.sources import read_file
 from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.fast.packing import packing_collator
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.core.recipe import Recipe
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEXTS = ("question", "opa", "opb", "opc", "opd", "exp")
@@ -41,11 +42,20 @@ def make_rows(path: Path, n: int, seed: int = 0) -> None:
     with open(path, "w", encoding="utf-8") as f:
         while len(seen) < n:
             like = draw.choice(real)
-            texts = {t: " ".join(draw.choices(words[t], k=len(str(like[t]).split()))) if like[t] else like[t] for t in TEXTS}
+            texts = {
+                t: " ".join(draw.choices(words[t], k=len(str(like[t]).split())))
+                if like[t]
+                else like[t]
+                for t in TEXTS
+            }
             if (key := hash(tuple(texts[t] for t in TEXTS[:5]))) in seen:
                 continue
             seen.add(key)
-            row = texts | {k: like[k] for k in kept} | {"cop": draw.randint(1, 4), "id": f"{draw.getrandbits(128):032x}"}
+            row = (
+                texts
+                | {k: like[k] for k in kept}
+                | {"cop": draw.randint(1, 4), "id": f"{draw.getrandbits(128):032x}"}
+            )
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -61,24 +71,44 @@ def measure(path: str, cache: str, target: str) -> dict[str, float]:
     libraries = peak()
     training, _ = load_pair(recipe)
     lap("read and check, s")
-    encoded = encode_questions(training.questions, tokenizer, recipe, *[Path(cache)] * ("cache" in signature(encode_questions).parameters))
+    encoded = encode_questions(
+        training.questions,
+        tokenizer,
+        recipe,
+        *[Path(cache)] * ("cache" in signature(encode_questions).parameters),
+    )
     lap("tokenise, s")
     torch.manual_seed(0)
-    tokens = sum(b["input_ids"].numel() for b in DataLoader(encoded.rows, batch_size=8, shuffle=True, collate_fn=packing_collator()))
+    tokens = sum(
+        b["input_ids"].numel()
+        for b in DataLoader(encoded.rows, batch_size=8, shuffle=True, collate_fn=packing_collator())
+    )
     lap("pack, s")
     assert tokens == encoded.tokens
-    return taken | {"all, s": sum(taken.values()), "peak, GB": peak(), "of which libraries, GB": libraries}
+    return taken | {
+        "all, s": sum(taken.values()),
+        "peak, GB": peak(),
+        "of which libraries, GB": libraries,
+    }
 
 
 def peak() -> float:
     """GB (10^9 bytes); VmHWM counts from this program's start, getrusage also what its parent held."""
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+    [line] = [
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+    ]
     return int(line.split()[1]) * 1024 / 1e9
 
 
 def fresh_of(program: str, *words: str) -> dict:
     """What `program --measure WORDS` prints last, from a process of its own."""
-    done = subprocess.run([sys.executable, program, "--measure", *words], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, program, "--measure", *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -103,5 +133,10 @@ if __name__ == "__main__":
             for name in ("first", "again"):
                 for step, value in fresh(str(rows), f"{folder}/cache{i}", asked.target).items():
                     found.setdefault(f"{name}: {step}", []).append(value)
-        settings = dict(rows=asked.rows, target=asked.target, megabytes=round(rows.stat().st_size / 1e6), cores=len(os.sched_getaffinity(0)))
+        settings = dict(
+            rows=asked.rows,
+            target=asked.target,
+            megabytes=round(rows.stat().st_size / 1e6),
+            cores=len(os.sched_getaffinity(0)),
+        )
         record("data", settings, {name: spread(values) for name, values in found.items()})

@@ -9,6 +9,7 @@ and adapter. Both ways are compared with the same block in a wider type computed
 that out). Prints medians and ranges and appends a record a number of tokens to benchmarks/experts.jsonl (or --out FILE).
 Needs torch, transformers and peft only; run it from the checkout with PYTHONPATH=. where the package is not installed.
 """
+
 import argparse
 import copy
 import importlib.metadata
@@ -32,9 +33,27 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 from medmcqa_lora.fast.experts import grouped_experts
 
 SIZES = {  # full: NVIDIA-Nemotron-3-Nano-30B-A3B
-    "toy": dict(hidden_size=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96),
-    "middle": dict(hidden_size=256, n_routed_experts=32, num_experts_per_tok=6, moe_intermediate_size=192, moe_shared_expert_intermediate_size=384),
-    "full": dict(hidden_size=2688, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712),
+    "toy": dict(
+        hidden_size=64,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=96,
+    ),
+    "middle": dict(
+        hidden_size=256,
+        n_routed_experts=32,
+        num_experts_per_tok=6,
+        moe_intermediate_size=192,
+        moe_shared_expert_intermediate_size=384,
+    ),
+    "full": dict(
+        hidden_size=2688,
+        n_routed_experts=128,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712,
+    ),
 }
 VARIANTS = ("frozen, transformers", "frozen, ours", "LoRA, PEFT", "LoRA, ours")
 
@@ -52,7 +71,14 @@ class Layer(nn.Module):
 
 def make(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
     """The block with random weights made on the device, and LoRA of that rank on both expert weights."""
-    config = NemotronHConfig(hybrid_override_pattern="E", vocab_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **SIZES[size])
+    config = NemotronHConfig(
+        hybrid_override_pattern="E",
+        vocab_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        **SIZES[size],
+    )
     config._experts_implementation = "grouped_mm"  # transformers' default
     with torch.device("meta"):
         layer = Layer(config).to(dtype)
@@ -64,7 +90,10 @@ def make(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
     targets = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(layer, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets))
+        model = get_peft_model(
+            layer,
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets),
+        )
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.2 * rank**-0.5)  # not zero, so that A has a gradient
@@ -73,7 +102,9 @@ def make(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
 
 def ways(model: nn.Module, variant: str):
     """The two contexts of a variant: adapter on or off, whose forward."""
-    return nullcontext() if "LoRA" in variant else model.disable_adapter(), grouped_experts(model) if "ours" in variant else nullcontext()
+    return nullcontext() if "LoRA" in variant else model.disable_adapter(), grouped_experts(
+        model
+    ) if "ours" in variant else nullcontext()
 
 
 def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
@@ -127,17 +158,26 @@ def errors(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> dict:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}
+    return {"python": platform.python_version()} | {
+        p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")
+    }
 
 
 def hardware(device: str) -> dict:
     gpu = torch.cuda.get_device_properties(0) if device != "cpu" else None
-    return dict(machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu and f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    return dict(
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=gpu and f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB",
+    )
 
 
 def commit() -> str:
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True
+        ).stdout.strip()
 
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
@@ -156,7 +196,16 @@ def measure(model: nn.Module, x: torch.Tensor, g: torch.Tensor, repeats: int, de
                     spent = seconds(lambda: step(model, x, g), device)
                     if repetition >= 0:
                         taken[variant].append(spent)
-    return {v: dict(median_s=statistics.median(t), min_s=min(t), max_s=max(t), peak_gib=most[v] / 2**30, seconds=[round(s, 6) for s in t]) for v, t in taken.items()}
+    return {
+        v: dict(
+            median_s=statistics.median(t),
+            min_s=min(t),
+            max_s=max(t),
+            peak_gib=most[v] / 2**30,
+            seconds=[round(s, 6) for s in t],
+        )
+        for v, t in taken.items()
+    }
 
 
 def main():
@@ -174,26 +223,58 @@ def main():
     dtype = getattr(torch, asked.dtype or ("float32" if asked.device == "cpu" else "bfloat16"))
     torch.manual_seed(0)
     model = make(asked.size, asked.rank, dtype, asked.device)
-    record = dict(benchmark="experts", size=asked.size, device=asked.device, dtype=str(dtype), rank=asked.rank, n=asked.repeats, seed=0, **SIZES[asked.size],
-                  commit=asked.commit or commit() or "unknown", date=time.strftime("%Y-%m-%d"), hardware=hardware(asked.device), versions=versions())
+    record = dict(
+        benchmark="experts",
+        size=asked.size,
+        device=asked.device,
+        dtype=str(dtype),
+        rank=asked.rank,
+        n=asked.repeats,
+        seed=0,
+        **SIZES[asked.size],
+        commit=asked.commit or commit() or "unknown",
+        date=time.strftime("%Y-%m-%d"),
+        hardware=hardware(asked.device),
+        versions=versions(),
+    )
     weight = model.base_model.model.mixer.experts.get_base_layer().up_proj
-    print(f"{asked.size}: a weight of {tuple(weight.shape)} is {weight.nbytes / 2**30:.4f} GiB in {dtype}; rank {asked.rank}; {record['hardware']}", flush=True)
+    print(
+        f"{asked.size}: a weight of {tuple(weight.shape)} is {weight.nbytes / 2**30:.4f} GiB in {dtype}; rank {asked.rank}; {record['hardware']}",
+        flush=True,
+    )
 
     def data(tokens):
-        return [torch.randn(1, tokens, SIZES[asked.size]["hidden_size"], device=asked.device, dtype=dtype) for _ in range(2)]
+        return [
+            torch.randn(
+                1, tokens, SIZES[asked.size]["hidden_size"], device=asked.device, dtype=dtype
+            )
+            for _ in range(2)
+        ]
 
     for tokens in asked.tokens:
         x, g = data(tokens)
-        checked = {} if asked.no_check else {str(n): errors(model, *(t[:, :n] for t in (x, g))) for n in (4, tokens)}  # 4 tokens: most experts get none
+        checked = (
+            {}
+            if asked.no_check
+            else {str(n): errors(model, *(t[:, :n] for t in (x, g))) for n in (4, tokens)}
+        )  # 4 tokens: most experts get none
         for n, found in checked.items():
             for variant, e in found.items():
-                print(f"{n:>7} tokens  {variant:<22} error of output {e['output']:.1e}, of input's gradient {e['input']:.1e}, of LoRA's gradients {e['lora']:.1e}", flush=True)
+                print(
+                    f"{n:>7} tokens  {variant:<22} error of output {e['output']:.1e}, of input's gradient {e['input']:.1e}, of LoRA's gradients {e['lora']:.1e}",
+                    flush=True,
+                )
         results = measure(model, x, g, asked.repeats, asked.device)
         for variant, r in results.items():
-            print(f"{tokens:>7} tokens  {variant:<22} median {r['median_s'] * 1e3:9.2f} ms ({r['min_s'] * 1e3:.2f} to {r['max_s'] * 1e3:.2f}, n = {asked.repeats})  "
-                  f"peak {r['peak_gib'] * 1024:10.2f} MiB", flush=True)
+            print(
+                f"{tokens:>7} tokens  {variant:<22} median {r['median_s'] * 1e3:9.2f} ms ({r['min_s'] * 1e3:.2f} to {r['max_s'] * 1e3:.2f}, n = {asked.repeats})  "
+                f"peak {r['peak_gib'] * 1024:10.2f} MiB",
+                flush=True,
+            )
         with open(asked.out, "a") as f:
-            f.write(json.dumps(record | dict(tokens=tokens, errors=checked, results=results)) + "\n")
+            f.write(
+                json.dumps(record | dict(tokens=tokens, errors=checked, results=results)) + "\n"
+            )
 
 
 if __name__ == "__main__":

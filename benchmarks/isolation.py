@@ -9,6 +9,7 @@ the fused path runs; scoring, in evaluation mode, is in the last two lines. Diff
 norm of what the example gives alone; "leaking" is the same without anything that keeps examples apart, to show that the
 measure would see it. Appends a line to benchmarks/isolation.jsonl (or --out FILE).
 """
+
 import argparse
 import json
 import tempfile
@@ -18,15 +19,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right
-from medmcqa_lora.fast.packing import packing_collator
-from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
-from medmcqa_lora.model.resolve import TOY
-from medmcqa_lora.model.load import load_model
-from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.core.files import shipped
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.core.environment import git_commit, hardware, versions
+from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right
+from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
+from medmcqa_lora.fast.packing import packing_collator
+from medmcqa_lora.model.load import load_model
+from medmcqa_lora.model.lora import attach_lora
+from medmcqa_lora.model.resolve import TOY
 
 GROUPS = ["attention", "mamba_in", "shared_experts", "routed_experts"]
 
@@ -50,9 +51,16 @@ def batches(rows: list[list[int]], device) -> dict[str, list[dict]]:
     """The same examples alone, padded and packed."""
     ids, mask = pad_right(rows, 0)
     packed = packing_collator()([{"input_ids": r, "labels": r} for r in rows])
-    ways = {"alone": [{"input_ids": torch.tensor([r])} for r in rows], "padded": [{"input_ids": ids, "attention_mask": mask}],
-            "packed": [{k: v for k, v in packed.items() if k != "labels"}], "leaking": [{"input_ids": packed["input_ids"]}]}
-    return {name: [{k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()} for b in found] for name, found in ways.items()}
+    ways = {
+        "alone": [{"input_ids": torch.tensor([r])} for r in rows],
+        "padded": [{"input_ids": ids, "attention_mask": mask}],
+        "packed": [{k: v for k, v in packed.items() if k != "labels"}],
+        "leaking": [{"input_ids": packed["input_ids"]}],
+    }
+    return {
+        name: [{k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()} for b in found]
+        for name, found in ways.items()
+    }
 
 
 def run(model, found: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,7 +71,9 @@ def run(model, found: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]
         y = model(**batch, use_cache=False).logits.float()
         logits.append(y[batch["attention_mask"].bool()] if "attention_mask" in batch else y[0])
         logits[-1].sin().sum().backward()  # any function of each token by itself
-    return torch.cat([y.detach() for y in logits]), {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return torch.cat([y.detach() for y in logits]), {
+        n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -74,29 +84,56 @@ def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict[str, dict[str
     """Way -> relative difference to the example alone: of logits, of the worst matrix' gradient, of scores."""
     model = adapted(recipe)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(recipe.seed)
-    rows = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths(chunk)]
+    rows = [
+        torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths(chunk)
+    ]
     found = {name: run(model, b) for name, b in batches(rows, device).items()}
     logits, gradients = found.pop("alone")
-    result = {name: dict(logits=apart(y, logits), gradients=max(apart(g[n], gradients[n]) for n in gradients)) for name, (y, g) in found.items()}
+    result = {
+        name: dict(
+            logits=apart(y, logits), gradients=max(apart(g[n], gradients[n]) for n in gradients)
+        )
+        for name, (y, g) in found.items()
+    }
     model.eval()
-    together, single = letter_logprobs(model, rows, (3, 4, 5, 6), 0), torch.cat([letter_logprobs(model, [r], (3, 4, 5, 6), 0) for r in rows])
+    together, single = (
+        letter_logprobs(model, rows, (3, 4, 5, 6), 0),
+        torch.cat([letter_logprobs(model, [r], (3, 4, 5, 6), 0) for r in rows]),
+    )
     result["scoring, padded"] = dict(letters=float((together - single).abs().max()))  # nats
-    result["scoring, packed"] = dict(letters=float((letter_logprobs(model, rows, (3, 4, 5, 6), 0, packed=True) - single).abs().max()))
+    result["scoring, packed"] = dict(
+        letters=float(
+            (letter_logprobs(model, rows, (3, 4, 5, 6), 0, packed=True) - single).abs().max()
+        )
+    )
     kernels = describe_kernels(model, recipe, (True, "asked for")).splitlines()
     return dict(differences=result, kernels=kernels, matrices=len(gradients))
 
 
 def make_recipe(blocks: str, dtype: str, folder: Path, seed: int = 0) -> tuple[Recipe, dict]:
     """A recipe for blocks of full size, or for the toy, and its configuration."""
-    config = json.loads(shipped("assets/nemotron_nano_config.json").read_text()) | {"hybrid_override_pattern": blocks} if blocks else dict(TOY, model_type="nemotron_h")
+    config = (
+        json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+        | {"hybrid_override_pattern": blocks}
+        if blocks
+        else dict(TOY, model_type="nemotron_h")
+    )
     (folder / "config.json").write_text(json.dumps(config))
     model = dict(model=str(folder), weights="random") if blocks else dict(model="toy-nemotron-h")
-    return Recipe(**model, dtype=dtype, seed=seed, lora_r=8, lora_targets=GROUPS if blocks else [*GROUPS, "mlp"]), config
+    return Recipe(
+        **model,
+        dtype=dtype,
+        seed=seed,
+        lora_r=8,
+        lora_targets=GROUPS if blocks else [*GROUPS, "mlp"],
+    ), config
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", default="", help="pattern of full-size blocks, such as MEM*E; none: the toy")
+    parser.add_argument(
+        "--blocks", default="", help="pattern of full-size blocks, such as MEM*E; none: the toy"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".jsonl")))
@@ -107,6 +144,14 @@ if __name__ == "__main__":
     print("\n".join(found["kernels"]))
     for name, row in found["differences"].items():
         print(f"{name:<16} " + "  ".join(f"{what} {value:.1e}" for what, value in row.items()))
-    line = dict(benchmark="isolation", commit=args.commit or git_commit(), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), settings=dict(blocks=args.blocks, dtype=args.dtype, seed=0), **found)
+    line = dict(
+        benchmark="isolation",
+        commit=args.commit or git_commit(),
+        date=time.strftime("%Y-%m-%d"),
+        hardware=hardware(),
+        versions=versions(),
+        settings=dict(blocks=args.blocks, dtype=args.dtype, seed=0),
+        **found,
+    )
     with open(args.out, "a") as f:
         f.write(json.dumps(line) + "\n")

@@ -11,6 +11,7 @@ the same options under another stem. What should be found as near is not taken f
 million pairs is computed by a sparse matrix product. Each measurement runs in a process of its own, on one core.
 Target: 2 minutes and 4 GB on two cores.
 """
+
 import argparse
 import json
 import os
@@ -25,10 +26,10 @@ from common import record, spread
 from data import REAL, fresh_of, make_rows, peak
 from scipy import sparse
 
-from medmcqa_lora.data.sources import read_file
+from medmcqa_lora.data.leakage import DROPS, describe_overlaps, find_overlaps
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.similarity import NEAR, jaccard, overlap_key, shingles
-from medmcqa_lora.data.leakage import DROPS, describe_overlaps, find_overlaps
+from medmcqa_lora.data.sources import read_file
 
 FIELDS = ("question", "opa", "opb", "opc", "opd")
 OPTIONS = FIELDS[1:]
@@ -42,7 +43,11 @@ def background(path: Path, n: int, kind: str, draw: random.Random) -> list[dict]
     real, pairs = [r for _, r in read_file(REAL / "medmcqa_train_partial.jsonl")], {}
     while len(pairs) < n:
         stem, options = draw.randrange(len(real)), draw.randrange(len(real))
-        pairs[stem, options] = {"question": real[stem]["question"], **{f: real[options][f] for f in OPTIONS}, "cop": draw.randint(1, 4)}
+        pairs[stem, options] = {
+            "question": real[stem]["question"],
+            **{f: real[options][f] for f in OPTIONS},
+            "cop": draw.randint(1, 4),
+        }
     return list(pairs.values())
 
 
@@ -54,10 +59,14 @@ def like(row: dict) -> set[str]:
     """A row's shingles."""
     from types import SimpleNamespace
 
-    return shingles(overlap_key(SimpleNamespace(question=row["question"], options=[row[f] for f in OPTIONS])))
+    return shingles(
+        overlap_key(SimpleNamespace(question=row["question"], options=[row[f] for f in OPTIONS]))
+    )
 
 
-def with_words_changed(row: dict, low: float, high: float, words: list[str], draw: random.Random) -> dict | None:
+def with_words_changed(
+    row: dict, low: float, high: float, words: list[str], draw: random.Random
+) -> dict | None:
     """The row with one word after the other of its stem replaced, as soon as its similarity is in [low, high)."""
     stem, own = str(row["question"]).split(), like(row)
     for at in draw.sample(range(len(stem)), len(stem)):
@@ -75,13 +84,27 @@ def plant(rows: list[dict], count: int, draw: random.Random) -> dict[int, str]:
     words = " ".join(r["question"] for r in rows[:5000]).split()
     make = {
         "exact": lambda r: r | {"question": str(r["question"]).replace(" ", "  ", 1)},
-        "normalised": lambda r: shuffled(r, draw) | {"question": "\u200b" + draw.choice([str.upper, str.title])(str(r["question"])).replace(" ", ", ", 1) + " ?!", "cop": 1},
+        "normalised": lambda r: (
+            shuffled(r, draw)
+            | {
+                "question": "\u200b"
+                + draw.choice([str.upper, str.title])(str(r["question"])).replace(" ", ", ", 1)
+                + " ?!",
+                "cop": 1,
+            }
+        ),
         "near": lambda r: with_words_changed(r, NEAR, 1.0, words, draw),
         "near, 0.5 to 0.6": lambda r: with_words_changed(r, NEAR, 0.6, words, draw),
         "near-miss": lambda r: with_words_changed(r, 0.4, NEAR, words, draw),
-        "options": lambda r: shuffled(r, draw) | {"question": draw.choice(rows)["question"], "cop": 1},
+        "options": lambda r: (
+            shuffled(r, draw) | {"question": draw.choice(rows)["question"], "cop": 1}
+        ),
     }
-    sources, places, planted = iter(draw.sample([r for _, r in read_file(VALIDATION)], 4183)), draw.sample(range(len(rows)), count * len(make)), {}
+    sources, places, planted = (
+        iter(draw.sample([r for _, r in read_file(VALIDATION)], 4183)),
+        draw.sample(range(len(rows)), count * len(make)),
+        {},
+    )
     for kind, one in make.items():
         done = 0
         while done < count:
@@ -102,13 +125,22 @@ def near_by_hand(training: list, evaluation: list) -> set[int]:
     def matrix(sets):
         places = [[known[x] for x in s if x in known] for s in sets]
         ends = np.cumsum([0, *map(len, places)])
-        return sparse.csr_matrix((np.ones(ends[-1], np.int32), np.concatenate([np.array(p, np.int32) for p in places]), ends), shape=(len(sets), len(known)))
+        return sparse.csr_matrix(
+            (
+                np.ones(ends[-1], np.int32),
+                np.concatenate([np.array(p, np.int32) for p in places]),
+                ends,
+            ),
+            shape=(len(sets), len(known)),
+        )
 
     columns, sizes, found = matrix(held).T.tocsr(), np.array([*map(len, held)]), set()
     for at in range(0, len(training), 1000):
-        sets = [shingles(overlap_key(q)) for q in training[at:at + 1000]]
+        sets = [shingles(overlap_key(q)) for q in training[at : at + 1000]]
         both = (matrix(sets) @ columns).tocoo()
-        similarity = both.data / (np.array([*map(len, sets)])[both.row] + sizes[both.col] - both.data)
+        similarity = both.data / (
+            np.array([*map(len, sets)])[both.row] + sizes[both.col] - both.data
+        )
         found |= {at + int(i) for i in both.row[similarity >= NEAR]}
     return found
 
@@ -126,8 +158,16 @@ def measure(path: str) -> dict:
     found = find_overlaps(training, evaluation)
     describe_overlaps(found, "validation")
     lap("find overlaps, s")
-    return {"taken": taken | {"all, s": sum(taken.values()), "of which on the processor, s": time.process_time() - cpu, "peak, GB": peak(), "of which libraries, GB": libraries},
-            "found": {i: o.kind for i, o in found.training.items()}}
+    return {
+        "taken": taken
+        | {
+            "all, s": sum(taken.values()),
+            "of which on the processor, s": time.process_time() - cpu,
+            "peak, GB": peak(),
+            "of which libraries, GB": libraries,
+        },
+        "found": {i: o.kind for i, o in found.training.items()},
+    }
 
 
 def quality(path: str, planted: dict[int, str], found: dict[int, str]) -> dict[str, float]:
@@ -136,13 +176,22 @@ def quality(path: str, planted: dict[int, str], found: dict[int, str]) -> dict[s
     for kind in dict.fromkeys(planted.values()):
         places = [i for i, k in planted.items() if k == kind]
         if kind == "near-miss":
-            results["planted near-misses taken for near or closer, share"] = sum(found.get(i) in DROPS["near"] for i in places) / len(places)
+            results["planted near-misses taken for near or closer, share"] = sum(
+                found.get(i) in DROPS["near"] for i in places
+            ) / len(places)
         else:
-            results[f"planted {kind}, found, share"] = sum(found.get(i) in (kind.split(",")[0], *(["near"] * (kind == "options"))) for i in places) / len(places)
+            results[f"planted {kind}, found, share"] = sum(
+                found.get(i) in (kind.split(",")[0], *(["near"] * (kind == "options")))
+                for i in places
+            ) / len(places)
     truth = near_by_hand(load_questions(path).questions, load_questions(str(VALIDATION)).questions)
     near = {i for i, kind in found.items() if kind in DROPS["near"]}
-    return results | {"rows with similarity of 0.5 or more, all pairs": len(truth), "of these found (recall)": len(near & truth) / len(truth), "of found, these (precision)": len(near & truth) / len(near),
-                      "rows that share their options alone": sum(kind == "options" for kind in found.values())}
+    return results | {
+        "rows with similarity of 0.5 or more, all pairs": len(truth),
+        "of these found (recall)": len(near & truth) / len(truth),
+        "of found, these (precision)": len(near & truth) / len(near),
+        "rows that share their options alone": sum(kind == "options" for kind in found.values()),
+    }
 
 
 if __name__ == "__main__":
@@ -160,14 +209,25 @@ if __name__ == "__main__":
         draw, path, times = random.Random(0), Path(folder) / "rows.jsonl", {}
         rows = background(path, asked.rows, asked.background, draw)
         planted = plant(rows, asked.planted, draw)
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+        )
         load = os.getloadavg()[0]
         for _ in range(asked.repeats):
             one = fresh_of(__file__, str(path))
             for name, value in one["taken"].items():
                 times.setdefault(name, []).append(value)
         found = {int(i): kind for i, kind in one["found"].items()}
-        results = {name: spread(values) for name, values in times.items()} | {name: spread([value]) for name, value in quality(str(path), planted, found).items()}
-        settings = dict(rows=asked.rows, evaluation_rows=4183, background=asked.background, planted_of_each_kind=asked.planted, cores=len(os.sched_getaffinity(0)), load_before=round(load, 1),
-                        note="one process on one core; the two cores were shared with other jobs")
+        results = {name: spread(values) for name, values in times.items()} | {
+            name: spread([value]) for name, value in quality(str(path), planted, found).items()
+        }
+        settings = dict(
+            rows=asked.rows,
+            evaluation_rows=4183,
+            background=asked.background,
+            planted_of_each_kind=asked.planted,
+            cores=len(os.sched_getaffinity(0)),
+            load_before=round(load, 1),
+            note="one process on one core; the two cores were shared with other jobs",
+        )
         record("leakage", settings, results)

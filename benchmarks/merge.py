@@ -5,6 +5,7 @@
 A Nemotron-H with random weights in bfloat16 (768 MiB of routed experts) in files of 100 MB; LoRA r = 16 on attention, mamba_in, shared and routed
 experts. Each merge runs in a process of its own; its peak is counted from where the libraries are loaded (Linux's VmHWM). Target: ours below one file.
 """
+
 import subprocess
 import sys
 import tempfile
@@ -43,16 +44,33 @@ def make(folder: Path) -> tuple[Path, Path]:
     """A base and an adapter on it."""
     from transformers import AutoModelForCausalLM, NemotronHConfig
 
-    from medmcqa_lora.model.resolve import TOY
+    from medmcqa_lora.core.recipe import Recipe
+    from medmcqa_lora.model.adapter import save_adapter
     from medmcqa_lora.model.load import load_model
     from medmcqa_lora.model.lora import attach_lora
-    from medmcqa_lora.model.adapter import save_adapter
-    from medmcqa_lora.core.recipe import Recipe
+    from medmcqa_lora.model.resolve import TOY
 
     torch.manual_seed(0)
-    config = NemotronHConfig(**TOY | dict(hybrid_override_pattern="ME*EME", hidden_size=1024, n_routed_experts=32, moe_intermediate_size=2048, moe_shared_expert_intermediate_size=2048))
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "base", max_shard_size="100MB")
-    recipe = Recipe(model=str(folder / "base"), dtype="auto", lora_targets=["attention", "mamba_in", "shared_experts", "routed_experts"], lora_r=16, lora_dropout=0.0)
+    config = NemotronHConfig(
+        **TOY
+        | dict(
+            hybrid_override_pattern="ME*EME",
+            hidden_size=1024,
+            n_routed_experts=32,
+            moe_intermediate_size=2048,
+            moe_shared_expert_intermediate_size=2048,
+        )
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        folder / "base", max_shard_size="100MB"
+    )
+    recipe = Recipe(
+        model=str(folder / "base"),
+        dtype="auto",
+        lora_targets=["attention", "mamba_in", "shared_experts", "routed_experts"],
+        lora_r=16,
+        lora_dropout=0.0,
+    )
     tuned = attach_lora(load_model(recipe), recipe)
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
@@ -62,8 +80,19 @@ def make(folder: Path) -> tuple[Path, Path]:
 
 def run(variant: str, base: Path, adapter: Path, peaks: list[float]) -> float:
     with tempfile.TemporaryDirectory() as work:
-        command = [sys.executable, "-W", "ignore", "-c", PROCESS.replace("{variant}", VARIANTS[variant]), str(adapter), f"{work}/out", str(base)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            PROCESS.replace("{variant}", VARIANTS[variant]),
+            str(adapter),
+            f"{work}/out",
+            str(base),
+        ]
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
     seconds, peak = map(float, done.stdout.split())
     peaks.append(peak)
     return seconds
@@ -75,8 +104,21 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
         base, adapter = make(Path(work))
         peaks = {name: [] for name in VARIANTS}
-        taken = alternate({name: partial(run, name, base, adapter, peaks[name]) for name in VARIANTS}, repeats)
+        taken = alternate(
+            {name: partial(run, name, base, adapter, peaks[name]) for name in VARIANTS}, repeats
+        )
         files = sorted(p.stat().st_size for p in base.glob("*.safetensors"))
-        settings = dict(model_mib=round(sum(files) / 2**20), files=len(files), largest_file_mib=round(files[-1] / 2**20), adapter_mib=round((adapter / "adapter_model.safetensors").stat().st_size / 2**20), seed=0)
+        settings = dict(
+            model_mib=round(sum(files) / 2**20),
+            files=len(files),
+            largest_file_mib=round(files[-1] / 2**20),
+            adapter_mib=round((adapter / "adapter_model.safetensors").stat().st_size / 2**20),
+            seed=0,
+        )
         print(settings, time.strftime("%F"))
-        record("merge", settings, {f"{name}, s": spread(t) for name, t in taken.items()} | {f"{name}, peak MiB": spread(p[1:]) for name, p in peaks.items()})
+        record(
+            "merge",
+            settings,
+            {f"{name}, s": spread(t) for name, t in taken.items()}
+            | {f"{name}, peak MiB": spread(p[1:]) for name, p in peaks.items()},
+        )

@@ -4,6 +4,7 @@
 
 Targets: --help below 1 s, import below 0.3 s.
 """
+
 import subprocess
 import sys
 from functools import partial
@@ -20,5 +21,7 @@ COMMANDS = {
 if __name__ == "__main__":
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    taken = alternate({name: partial(timed, partial(run, command)) for name, command in COMMANDS.items()}, repeats)
+    taken = alternate(
+        {name: partial(timed, partial(run, command)) for name, command in COMMANDS.items()}, repeats
+    )
     record("startup", {}, {name: spread(t) for name, t in taken.items()})

@@ -5,6 +5,7 @@
 Same model, rows, order and batch; a pair is STEPS steps of each, timed from the end of the first to the end of the last.
 Target: the median of the pairs' ratios at most 1.05.
 """
+
 import sys
 import tempfile
 import time
@@ -15,14 +16,14 @@ from common import alternate, record, spread
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.tokens import encode_questions
-from medmcqa_lora.model.resolve import load_tokenizer
+from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
-from medmcqa_lora.core.recipe_files import load_recipe
+from medmcqa_lora.model.resolve import load_tokenizer
 from medmcqa_lora.training.trainer import make_trainer
-from medmcqa_lora.fast.apply import apply_fast_parts
 
 
 class Clock(TrainerCallback):
@@ -35,11 +36,27 @@ class Clock(TrainerCallback):
 
 def plain_trainer(model, tokenizer, encoded, recipe, run):
     """What a script would write: TRL's trainer on the same tokens, with the same optimisation and no progress bar."""
-    args = SFTConfig(output_dir=str(run), per_device_train_batch_size=recipe.per_device_train_batch_size, learning_rate=recipe.learning_rate,
-                     lr_scheduler_type=recipe.lr_scheduler_type, max_steps=recipe.max_steps, seed=recipe.seed, data_seed=recipe.seed, bf16=False, use_cpu=True,
-                     gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, save_strategy="no",
-                     report_to="none", disable_tqdm=True)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=encoded.rows, processing_class=tokenizer)
+    args = SFTConfig(
+        output_dir=str(run),
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        max_steps=recipe.max_steps,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=encoded.rows, processing_class=tokenizer
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -54,11 +71,24 @@ def seconds(make, model, tokenizer, encoded, recipe) -> float:
 
 
 if __name__ == "__main__":
-    name, pairs, steps = [*sys.argv[1:4], *["toy", "20", "11"][len(sys.argv) - 1:]]
+    name, pairs, steps = [*sys.argv[1:4], *["toy", "20", "11"][len(sys.argv) - 1 :]]
     recipe = load_recipe(name, {"max_steps": str(steps), "save_steps": "1000"})
     tokenizer = load_tokenizer(recipe)
     encoded = encode_questions(load_questions("sample", "train").questions, tokenizer, recipe)
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
-    taken = alternate({"ours": partial(seconds, make_trainer, model, tokenizer, encoded, recipe), "bare TRL": partial(seconds, plain_trainer, model, tokenizer, encoded, recipe)}, int(pairs))
+    taken = alternate(
+        {
+            "ours": partial(seconds, make_trainer, model, tokenizer, encoded, recipe),
+            "bare TRL": partial(seconds, plain_trainer, model, tokenizer, encoded, recipe),
+        },
+        int(pairs),
+    )
     ratios = [a / b for a, b in zip(taken["ours"], taken["bare TRL"])]
-    record("step", dict(recipe=name, steps=int(steps), seed=recipe.seed), {**{f"{k}, s a step": spread(t) for k, t in taken.items()}, "ratio ours / bare TRL": spread(ratios)})
+    record(
+        "step",
+        dict(recipe=name, steps=int(steps), seed=recipe.seed),
+        {
+            **{f"{k}, s a step": spread(t) for k, t in taken.items()},
+            "ratio ours / bare TRL": spread(ratios),
+        },
+    )

@@ -2,6 +2,7 @@
 
 Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build needn't execute them.
 """
+
 import hashlib
 import html
 import importlib
@@ -22,18 +23,38 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 KEPT = ROOT / "_proc"
-LIBRARIES = ["torch._dynamo", "trl.trainer.sft_trainer", "peft", "datasets", "seaborn", "scipy.stats", "nbdev.test"]  # importing them takes longer than most notebooks
-TOY = ["--recipe", "toy", "-p", "max_steps", "12", "-p", "save_steps", "12"]  # the run notebooks' pages show a run of seconds
+LIBRARIES = [
+    "torch._dynamo",
+    "trl.trainer.sft_trainer",
+    "peft",
+    "datasets",
+    "seaborn",
+    "scipy.stats",
+    "nbdev.test",
+]  # importing them takes longer than most notebooks
+TOY = [
+    "--recipe",
+    "toy",
+    "-p",
+    "max_steps",
+    "12",
+    "-p",
+    "save_steps",
+    "12",
+]  # the run notebooks' pages show a run of seconds
 
 
 def notebooks() -> list[str]:
     """Every notebook of the project, relative to nbs/."""
     found = (p.relative_to(ROOT / "nbs") for p in (ROOT / "nbs").rglob("*.ipynb"))
-    return sorted(p.as_posix() for p in found if not any(part.startswith((".", "_")) for part in p.parts))
+    return sorted(
+        p.as_posix() for p in found if not any(part.startswith((".", "_")) for part in p.parts)
+    )
 
 
 def copy_project(to: Path) -> Path:
-    def left(_, names): return [n for n in names if n.startswith((".", "_runs", "_proc", "_docs", "__pycache__"))]
+    def left(_, names):
+        return [n for n in names if n.startswith((".", "_runs", "_proc", "_docs", "__pycache__"))]
 
     return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=left))
 
@@ -46,9 +67,18 @@ def environment(copy: Path) -> dict[str, str]:
 
 def run(*words, cwd: Path) -> str:
     """Run a command on the copy's package and return what it prints; that is shown if it fails."""
-    done = subprocess.run([str(w) for w in words], cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [str(w) for w in words],
+        cwd=cwd,
+        env=environment(cwd),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
-        raise SystemExit(f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above")
+        raise SystemExit(
+            f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above"
+        )
     return done.stdout
 
 
@@ -80,10 +110,16 @@ def run_forked(where: str, *args, cwd: Path, **more) -> str:
 
 def kept(name: str) -> Path:
     """Where a notebook's executed copy is, or will be, kept: named by a hash of all that the execution depends on."""
-    files = [p for folder in ("medmcqa_lora", "benchmarks", "nbs/explain", "nbs/runs") for p in (ROOT / folder).rglob("*")
-             if p.is_file() and p.suffix != ".pyc" and (p.suffix != ".ipynb" or p.parent.name == "runs")]
+    files = [
+        p
+        for folder in ("medmcqa_lora", "benchmarks", "nbs/explain", "nbs/runs")
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file() and p.suffix != ".pyc" and (p.suffix != ".ipynb" or p.parent.name == "runs")
+    ]
     files += [ROOT / "settings.ini", ROOT / "requirements.txt", Path(__file__), ROOT / "nbs" / name]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sorted(files)))
+    digest = hashlib.sha256(
+        b"".join(hashlib.sha256(p.read_bytes()).digest() for p in sorted(files))
+    )
     return KEPT / f"{name.removesuffix('.ipynb').replace('/', '-')}-{digest.hexdigest()[:16]}.ipynb"
 
 
@@ -95,8 +131,14 @@ def execute(name: str, copy: Path) -> None:
         run_forked("medmcqa_lora.cli:main", [notebook.stem, *TOY, "--out", out], cwd=copy)
         notebook = copy / out / notebook.name
     else:
-        alone = "TRITON_INTERPRET" in notebook.read_text()  # chooses Triton's interpreter, which only works before the libraries are imported
-        told = run(BIN / "nbdev-test", notebook, "--save", cwd=copy) if alone else run_forked("nbdev.test:nbdev_test", str(notebook), save=True, cwd=copy)
+        alone = (
+            "TRITON_INTERPRET" in notebook.read_text()
+        )  # chooses Triton's interpreter, which only works before the libraries are imported
+        told = (
+            run(BIN / "nbdev-test", notebook, "--save", cwd=copy)
+            if alone
+            else run_forked("nbdev.test:nbdev_test", str(notebook), save=True, cwd=copy)
+        )
         assert "Success" in told, told  # it exits with 0 where it finds nothing to test
     nb = nbformat.read(notebook, 4)
     for cell in nb.cells:  # progress bars and warnings with paths of this machine
@@ -141,14 +183,21 @@ def true_size(staged: Path) -> None:
                 width = output.get("metadata", {}).get("image/png", {}).get("width")
                 if width:
                     alt = html.escape(described[1]) if described else "figure"
-                    output.data = {"text/html": f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{output.data["image/png"].strip()}">'}
+                    output.data = {
+                        "text/html": f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{output.data["image/png"].strip()}">'
+                    }
         nbformat.write(nb, notebook)
 
 
 def llms_txt(site: Path) -> str:
     """llms.txt (llmstxt.org) from the notebooks' titles and `>` lines, in the order of the sidebar."""
+
     def head(name):
-        text = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / name, 4).cells if c.cell_type == "markdown")
+        text = "\n".join(
+            c.source
+            for c in nbformat.read(ROOT / "nbs" / name, 4).cells
+            if c.cell_type == "markdown"
+        )
         return re.search(r"^# (.+)", text, re.M)[1], re.search(r"^> (.+)", text, re.M)[1]
 
     def line(name):
@@ -157,10 +206,14 @@ def llms_txt(site: Path) -> str:
 
     title, summary = head("index.ipynb")
     text = f"# {title}\n\n> {summary}\n"
-    for entry in yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]:
+    for entry in yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"][
+        "contents"
+    ]:
         names = [n for n in entry.get("contents", [entry.get("href")]) if n in notebooks()]
         if names:
-            text += f"\n## {entry.get('section', entry.get('text'))}\n\n" + "".join(line(n) + "\n" for n in names)
+            text += f"\n## {entry.get('section', entry.get('text'))}\n\n" + "".join(
+                line(n) + "\n" for n in names
+            )
     return text
 
 
@@ -169,19 +222,30 @@ def build(out: Path = ROOT / "_docs", leave_out: frozenset = frozenset()) -> Pat
     with tempfile.TemporaryDirectory(prefix="medmcqa_lora-docs-") as work:
         copy = copy_project(Path(work) / "copy")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda n: execute(n, copy), [n for n in notebooks() if not kept(n).exists() and n not in leave_out]))
+            list(
+                pool.map(
+                    lambda n: execute(n, copy),
+                    [n for n in notebooks() if not kept(n).exists() and n not in leave_out],
+                )
+            )
         for name in notebooks():
             if kept(name).exists():
                 shutil.copy(kept(name), copy / "nbs" / name)
         bring_in_linked_files(copy)
         settings = copy / "pyproject.toml"
-        settings.write_text(settings.read_text().replace("[tool.nbdev]\n", '[tool.nbdev]\nrenderer = "doc_table.DocTable"\n'))
+        settings.write_text(
+            settings.read_text().replace(
+                "[tool.nbdev]\n", '[tool.nbdev]\nrenderer = "doc_table.DocTable"\n'
+            )
+        )
         if shutil.which("quarto"):
             run(BIN / "nbdev-docs", cwd=copy)
             made = copy / "_docs"
         else:
             print("Quarto is not installed: building a preview with smalldocs")
-            run_forked("nbdev.serve:proc_nbs", n_workers=0, cwd=copy)  # nbdev-proc-nbs would try to install Quarto
+            run_forked(
+                "nbdev.serve:proc_nbs", n_workers=0, cwd=copy
+            )  # nbdev-proc-nbs would try to install Quarto
             true_size(copy / "_proc")
             run(BIN / "smalldocs", "render", "_proc", "--quiet", cwd=copy)
             made = copy / "_proc/_docs"

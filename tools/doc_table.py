@@ -3,6 +3,7 @@
 nbdev's own renderer puts docments into the signature as comments, and loses them for dataclasses: the shell that
 makes the docs defines those anew, where they have no source file to read comments from.
 """
+
 import re
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -23,12 +24,21 @@ def short(types: str) -> str:
 
 def from_package(cls: type) -> type:
     """The package's own copy of a class that the docs' shell has defined."""
-    return next((getattr(import_module(m), cls.__name__) for m, names in index["syms"].items() if f"{m}.{cls.__name__}" in names), cls)
+    return next(
+        (
+            getattr(import_module(m), cls.__name__)
+            for m, names in index["syms"].items()
+            if f"{m}.{cls.__name__}" in names
+        ),
+        cls,
+    )
 
 
 def table(sym) -> str:
     made = DocmentTbl(sym)
-    for base in sym.__mro__ if is_dataclass(sym) else ():  # fields of the classes that it is put together from
+    for base in (
+        sym.__mro__ if is_dataclass(sym) else ()
+    ):  # fields of the classes that it is put together from
         for name, text in (docments(base) if is_dataclass(base) else {}).items():
             if text and name in made.dm:
                 made.dm[name].docment = text
@@ -46,5 +56,7 @@ class DocTable(BasicMarkdownRenderer):
             p.docment = None  # they stand in the table
         head, fence, rest = super()._repr_markdown_().partition("```python\n")
         signature, end, rest = rest.partition("```")
-        signature = f"class {self.nm}\n" if fields else short(signature)  # fields stand in the table
+        signature = (
+            f"class {self.nm}\n" if fields else short(signature)
+        )  # fields stand in the table
         return f"{head}{fence}{signature}{end}{rest}\n\n{rows}"

@@ -1,4 +1,5 @@
 """Every command in the documents: run where it takes seconds, else parsed as far as its options."""
+
 import json
 import os
 import re
@@ -28,7 +29,9 @@ def notebook_text(path: Path) -> str:
     return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
 
 
-PAGES = sorted((ROOT / "nbs/how_to").glob("*.ipynb")) + sorted((ROOT / "nbs/explain").glob("*.ipynb"))
+PAGES = sorted((ROOT / "nbs/how_to").glob("*.ipynb")) + sorted(
+    (ROOT / "nbs/explain").glob("*.ipynb")
+)
 TEXTS = [(ROOT / "README.md").read_text(), *map(notebook_text, PAGES)]
 COMMANDS = sorted({c for text in TEXTS for c in commands(text)})
 OURS = [c for c in COMMANDS if c.startswith("medmcqa-lora")]

@@ -1,4 +1,5 @@
 """The gate on the layout: it finds what it looks for, and finds nothing here."""
+
 import ast
 
 import pytest
@@ -15,19 +16,32 @@ def test_the_project_holds_it():
 
 def test_rooms_are_numbered_in_reading_order():
     names = sorted(rooms.rooms(), key=rooms.rooms().get)
-    assert names == ["core", "data", "model", "fast", "training", "evaluation", "analysis",
-                     "launch", "bench", "cli"]
+    assert names == [
+        "core",
+        "data",
+        "model",
+        "fast",
+        "training",
+        "evaluation",
+        "analysis",
+        "launch",
+        "bench",
+        "cli",
+    ]
 
 
-@pytest.mark.parametrize("source", [
-    "from ..data.sources import read_file",
-    "from medmcqa_lora.data.sources import read_file",
-    "import medmcqa_lora.data.sources",
-    "from ..data import sources",
-    "def late():\n    from ..data.sources import read_file",
-    "CODE = 'import sys; from medmcqa_lora.data.sources import read_file'",
-    "CODE = f'{1}; from medmcqa_lora.data.sources import read_file'",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..data.sources import read_file",
+        "from medmcqa_lora.data.sources import read_file",
+        "import medmcqa_lora.data.sources",
+        "from ..data import sources",
+        "def late():\n    from ..data.sources import read_file",
+        "CODE = 'import sys; from medmcqa_lora.data.sources import read_file'",
+        "CODE = f'{1}; from medmcqa_lora.data.sources import read_file'",
+    ],
+)
 def test_every_form_of_import_is_seen(source):
     found = rooms.imports_of("core.files", ast.parse(source))
     assert any(name.startswith("medmcqa_lora.data.sources") for name in found)
