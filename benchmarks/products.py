@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from medmcqa_lora.bench.profile import between, mark, synchronise
+from medmcqa_lora.bench.profile import elapsed, synchronise, timestamp
 from medmcqa_lora.core.environment import git_commit, hardware, has_float8, versions
 from medmcqa_lora.core.files import append_line
 from medmcqa_lora.fast.experts import expert_product
@@ -36,12 +36,12 @@ def timed(run, repetitions: int) -> float:
     """Median milliseconds of a function, after three calls that don't count."""
     for _ in range(3):
         run()
-    marks = [mark()]
+    marks = [timestamp()]
     for _ in range(repetitions):
         run()
-        marks.append(mark())
+        marks.append(timestamp())
     synchronise()
-    return 1e3 * statistics.median(between(a, b) for a, b in zip(marks, marks[1:]))
+    return 1e3 * statistics.median(elapsed(a, b) for a, b in zip(marks, marks[1:]))
 
 
 def compare(name: str, ways: dict, operations: int, repetitions: int) -> list[dict]:

@@ -28,13 +28,13 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from medmcqa_lora.bench.profile import between, mark, spread, synchronise
+from medmcqa_lora.bench.profile import elapsed, median_and_range, synchronise, timestamp
 from medmcqa_lora.bench.variants import (
     VARIANTS,
-    Load,
+    Workload,
     count_flops,
     cut_model,
-    examples_a_step,
+    examples_per_step,
     make_lengths,
     make_rows,
     passed_parameters,
@@ -69,16 +69,21 @@ class Ends(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step < self.warmup:
             return
-        self.ends.append(mark())
+        self.ends.append(timestamp())
 
     @property
     def seconds(self) -> list[float]:
         synchronise()
-        return [between(a, b) for a, b in zip(self.ends, self.ends[1:])]
+        return [elapsed(a, b) for a, b in zip(self.ends, self.ends[1:])]
 
 
 def rows_of_steps(
-    load: Load, size: int, processes: int, lengths: list[int], stream: list[int], vocabulary: int
+    load: Workload,
+    size: int,
+    processes: int,
+    lengths: list[int],
+    stream: list[int],
+    vocabulary: int,
 ) -> list[list[list[dict]]]:
     """Each step's rows of each process. After the first step a few rows of their own come round again, so that the warm-up meets every shape."""
     different = max(load.order) + 1
@@ -93,7 +98,7 @@ def rows_of_steps(
 def measure(job: dict) -> dict:
     """One case, in this process and those beside it; a result on rank 0."""
     world = join_world(int(os.environ.get("WORLD_SIZE", 1)))
-    load, recipe = Load(**job["load"]), Recipe(**job["recipe"])
+    load, recipe = Workload(**job["load"]), Recipe(**job["recipe"])
     began = time.perf_counter()
     tokenizer = load_tokenizer(recipe)
     own = encode_questions(
@@ -150,7 +155,7 @@ def measure(job: dict) -> dict:
     total = [sum(t) for t in tokens]
     flops = [count_flops(parameters, t, size * world.size, True) for t in total]
     share = (
-        spread([f / s / load.peak / 1e12 / world.size for f, s in zip(flops, seconds)])
+        median_and_range([f / s / load.peak / 1e12 / world.size for f, s in zip(flops, seconds)])
         if torch.cuda.is_available()
         else None
     )
@@ -158,9 +163,9 @@ def measure(job: dict) -> dict:
     return dict(
         gpus=world.size,
         way=job["way"],
-        seconds=spread(seconds),
-        tokens=spread(total),
-        tokens_per_s=spread([t / s for t, s in zip(total, seconds)]),
+        seconds=median_and_range(seconds),
+        tokens=median_and_range(total),
+        tokens_per_s=median_and_range([t / s for t, s in zip(total, seconds)]),
         share_of_peak=share,
         longest_over_mean=round(statistics.mean(max(t) / statistics.mean(t) for t in tokens), 4),
         examples=size,
@@ -188,12 +193,12 @@ def worker(file: str) -> None:
     os._exit(0)  # taking DDP apart, torch 2.13 may wait for gloo's thread, which waits for the GIL
 
 
-def case(recipe: Recipe, gpus: int, way: str, load: Load, log: Path, limit: int) -> dict:
+def case(recipe: Recipe, gpus: int, way: str, load: Workload, log: Path, limit: int) -> dict:
     """Measure in processes of their own; what they print goes to a file."""
     with tempfile.TemporaryDirectory() as folder, open(log, "w") as printed:
         if load.layers:
             recipe = cut_model(recipe, load.layers, Path(folder))
-        size = examples_a_step(
+        size = examples_per_step(
             VARIANTS["ours"],
             make_lengths(replace(load, lengths="medmcqa"), [], recipe.seed),
             load.tokens,
@@ -311,7 +316,7 @@ def main() -> None:
         return worker(args.worker)
     recipe, load = (
         recipe_of(args.recipe, args.p),
-        Load(args.tokens, args.steps, args.warmup, layers=args.layers, peak=args.peak),
+        Workload(args.tokens, args.steps, args.warmup, layers=args.layers, peak=args.peak),
     )
     load_config(recipe.model)
     args.logs.mkdir(parents=True, exist_ok=True)

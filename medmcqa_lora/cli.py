@@ -260,12 +260,12 @@ def bench(recipe: RecipeName = "toy", p: Params = [], variants: Annotated[str, t
     names, away = names_of("--variants", variants), names_of("--levers", levers)
     if away and not ablation: raise ValueError(f"--levers {levers}: goes with --ablation")
     settings = recipe_of(recipe, p)
-    from medmcqa_lora.bench.variants import Load
+    from medmcqa_lora.bench.variants import Workload
     from medmcqa_lora.bench.tables import describe_ablation, describe_bench
     from medmcqa_lora.bench.run import run_ablation, run_bench
     from medmcqa_lora.launch.preflight import new_folder_name
     folder = out or Path(new_folder_name("bench"))
-    load = Load(tokens, steps, warmup, profiled, layers, lengths, peak)
+    load = Workload(tokens, steps, warmup, profiled, layers, lengths, peak)
     if ablation:
         results = run_ablation(settings, names, away, load, folder, say, commit)
         return say(f"\n{describe_ablation(results)}\n\nresults  {folder}/results.jsonl\ntable    {folder}/ablation.md\nfigure   {folder}/VARIANT-ablation.png\nlogs     {folder}/VARIANT.log")
