@@ -1,27 +1,38 @@
-"""What every benchmark does: alternate, take medians, print, and append a record with its circumstances."""
+"""What every benchmark does: alternate, take medians, print, append a record of the circumstances."""
 
 import json
-import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from medmcqa_lora.bench.profile import allocated_peak
 from medmcqa_lora.core.environment import git_commit, hardware, versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def results_file(script: str) -> Path:
+    """Where a script's records go: results/NAME.jsonl."""
+    return RESULTS / f"{Path(script).stem}.jsonl"
 
 
 def alternate(variants: dict, repeats: int, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each variant (a function that returns them), in alternation, after one warm-up round if `warm`."""
+    """Seconds of each variant (a function that returns them), in alternation.
+
+    If `warm`, all variants run once before.
+    """
     for run in variants.values() if warm else ():
         run()
-    taken = {name: [] for name in variants}
+    seconds = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            taken[name].append(run())
-    return taken
+            seconds[name].append(run())
+    return seconds
 
 
 def timed(run) -> float:
+    """Seconds of a call."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -29,35 +40,17 @@ def timed(run) -> float:
 
 def allocated_on_cpu(run) -> int:
     """The most bytes that were allocated at once during `run`, by torch's own account."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    host = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=host, profile_memory=True) as profile:
         run()
-    now = top = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
-
-
-def spread(values: list[float]) -> dict:
-    return dict(
-        median=round(statistics.median(values), 4),
-        min=round(min(values), 4),
-        max=round(max(values), 4),
-        n=len(values),
-    )
+    return allocated_peak(profile)
 
 
 def record(benchmark: str, settings: dict, results: dict) -> None:
-    """Print the results and append them to benchmarks/BENCHMARK.jsonl."""
+    """Print the results and append them to results/BENCHMARK.jsonl."""
     for name, row in results.items():
-        print(
-            f"{name:<32} median {row['median']:.4g}  ({row['min']:.4g} to {row['max']:.4g}, n = {row['n']})"
-        )
+        low, high, n = row["min"], row["max"], row["n"]
+        print(f"{name:<32} median {row['median']:.4g}  ({low:.4g} to {high:.4g}, n = {n})")
     line = dict(
         benchmark=benchmark,
         commit=git_commit(),
@@ -67,5 +60,5 @@ def record(benchmark: str, settings: dict, results: dict) -> None:
         settings=settings,
         results=results,
     )
-    with open(Path(__file__).parent / f"{benchmark}.jsonl", "a") as f:
+    with open(results_file(benchmark), "a") as f:
         f.write(json.dumps(line) + "\n")

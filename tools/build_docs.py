@@ -1,6 +1,8 @@
-"""The site in _docs/, made in a copy of the project: notebooks executed, staged by nbdev, rendered by Quarto, or by smalldocs where there is no Quarto.
+"""The site in _docs/, made in a copy of the project: notebooks executed, staged by nbdev, rendered
+by Quarto, or by smalldocs where there is no Quarto.
 
-Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build needn't execute them.
+Executed notebooks are kept in _proc/, named by a hash of what they depend on, so the next build
+needn't execute them.
 """
 
 import hashlib
@@ -95,7 +97,9 @@ def call(where: str, args: tuple, more: dict, copy: Path, log: str) -> None:
 
 
 def run_forked(where: str, *args, cwd: Path, **more) -> str:
-    """What `run` does with a command, with a function (module:name): in a process that need not import the libraries, as it is forked from one that has."""
+    """What `run` does with a command, with a function (module:name): in a process that need not
+    import the libraries, as it is forked from one that has.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
@@ -109,7 +113,9 @@ def run_forked(where: str, *args, cwd: Path, **more) -> str:
 
 
 def kept(name: str) -> Path:
-    """Where a notebook's executed copy is, or will be, kept: named by a hash of all that the execution depends on."""
+    """Where a notebook's executed copy is, or will be, kept: named by a hash of all that the
+    execution depends on.
+    """
     files = [
         p
         for folder in ("medmcqa_lora", "benchmarks", "nbs/explain", "nbs/runs")
@@ -124,7 +130,9 @@ def kept(name: str) -> Path:
 
 
 def execute(name: str, copy: Path) -> None:
-    """Execute a notebook of the copy and keep it: run notebooks through the package's launcher, others by nbdev-test."""
+    """Execute a notebook of the copy and keep it: run notebooks through the package's launcher,
+    others by nbdev-test.
+    """
     started, notebook, target = time.time(), copy / "nbs" / name, kept(name)
     if name.startswith("runs/"):
         out = f"_runs/{notebook.stem}"
@@ -174,7 +182,9 @@ def bring_in_linked_files(copy: Path) -> None:
 
 
 def true_size(staged: Path) -> None:
-    """smalldocs ignores the width that a figure of double resolution carries, and would show it twice as large; nor does it know Quarto's fig-alt."""
+    """smalldocs ignores the width that a figure of double resolution carries, and would show it
+    twice as large; nor does it know Quarto's fig-alt.
+    """
     for notebook in staged.rglob("*.ipynb"):
         nb = nbformat.read(notebook, 4)
         for cell in (c for c in nb.cells if c.cell_type == "code"):
@@ -190,7 +200,9 @@ def true_size(staged: Path) -> None:
 
 
 def llms_txt(site: Path) -> str:
-    """llms.txt (llmstxt.org) from the notebooks' titles and `>` lines, in the order of the sidebar."""
+    """llms.txt (llmstxt.org) from the notebooks' titles and `>` lines, in the order of the
+    sidebar.
+    """
 
     def head(name):
         text = "\n".join(
@@ -218,7 +230,9 @@ def llms_txt(site: Path) -> str:
 
 
 def build(out: Path = ROOT / "_docs", leave_out: frozenset = frozenset()) -> Path:
-    """Build the site; notebooks in `leave_out` are executed only if that is kept from before, and else shown without outputs."""
+    """Build the site; notebooks in `leave_out` are executed only if that is kept from before,
+    and else shown without outputs.
+    """
     with tempfile.TemporaryDirectory(prefix="medmcqa_lora-docs-") as work:
         copy = copy_project(Path(work) / "copy")
         with ThreadPoolExecutor(os.cpu_count()) as pool:

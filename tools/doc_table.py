@@ -1,7 +1,8 @@
 """How the site shows an exported definition: signature, docstring, and a table of the docments.
 
-nbdev's own renderer puts docments into the signature as comments, and loses them for dataclasses: the shell that
-makes the docs defines those anew, where they have no source file to read comments from.
+nbdev's own renderer puts docments into the signature as comments, and loses them for dataclasses:
+the shell that makes the docs defines those anew, where they have no source file to read comments
+from.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""Figures of the code's form: lines and characters per definition, long lines, folders, words of prose.
+"""Figures of the code's form: lines and characters per definition, long lines, folders, words of
+prose.
 
     python tools/figures.py [CHECKOUT]    # another checkout may be compared, such as an older commit's
 """

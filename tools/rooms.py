@@ -1,8 +1,10 @@
-"""The rooms of the project: which module may import which, and how large a folder and a notebook may be.
+"""The rooms of the project: which module may import which, and how large a folder and a notebook
+may be.
 
-A room is a numbered folder of notebooks and the sub-package that it exports. A room imports only from
-rooms with lower numbers; inside a room no modules import each other in a circle. Imports inside functions
-count, and so do imports inside strings, such as the programs that are started with `python -c`.
+A room is a numbered folder of notebooks and the sub-package that it exports. A room imports only
+from rooms with lower numbers; inside a room no modules import each other in a circle. Imports
+inside functions count, and so do imports inside strings, such as the programs that are started
+with `python -c`.
 """
 import ast
 import json

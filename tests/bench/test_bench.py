@@ -1,4 +1,6 @@
-"""`medmcqa-lora bench` at toy size: a process a variant, results that can be added up, failures as rows; levers without_lever away and put back."""
+"""`medmcqa-lora bench` at toy size: a process a variant, results that can be added up, failures as
+rows; levers without_lever away and put back.
+"""
 
 import json
 import math
@@ -138,7 +140,9 @@ def test_no_variant_runs(cli, tmp_path):
 
 
 def test_unsloth_gets_the_random_weights(tmp_path):
-    """The folder that Unsloth reads holds what the other variants make, in bfloat16 shards, with a tokenizer; the process that writes it ends."""
+    """The folder that Unsloth reads holds what the other variants make, in bfloat16 shards, with
+    a tokenizer; the process that writes it ends.
+    """
     recipe = replace(cut_model(load_recipe("toy"), 4, tmp_path), dtype="bfloat16")
     stored = random_files(recipe, tmp_path)
     assert (stored.weights, stored.backend, stored.tokenizer) == (
@@ -271,7 +275,9 @@ def test_cut_30b_model(tmp_path):
 
 
 def test_lengths_are_those_of_real_questions(validation):
-    """The shipped histogram's are SmolLM2's tokens; another tokenizer's have another mean, and a similar spread."""
+    """The shipped histogram's are SmolLM2's tokens; another tokenizer's have another mean, and a
+    similar spread.
+    """
     from medmcqa_lora.data.questions import load_questions
     from medmcqa_lora.data.tokens import encode_questions, sample_tokenizer
 
@@ -455,7 +461,9 @@ def test_lever_is_taken_and_put_back(name, ready, monkeypatch):
 
 
 def test_nothing_is_left_of_a_step_that_failed(ready, tmp_path, monkeypatch):
-    """Out of memory in the second step of one measurement; the next has the model as it was, and no step is alive, nor what it recorded."""
+    """Out of memory in the second step of one measurement; the next has the model as it was, and
+    no step is alive, nor what it recorded.
+    """
     alive, held, numbers, real = [], inside(ready), forward(ready), step.Step.__call__
 
     def watched(self, *args, **kwargs):

@@ -1,4 +1,6 @@
-"""A user's mistake: one line on stderr that says what, where and what to do; exit code 1; nothing written."""
+"""A user's mistake: one line on stderr that says what, where and what to do; exit code 1; nothing
+written.
+"""
 import json
 import os
 import shutil

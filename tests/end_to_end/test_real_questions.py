@@ -75,7 +75,9 @@ def test_batched_scores_equal_single_ones_on_the_real_model(validation, smollm2)
 
 
 def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2):
-    """Going on from the cache gives the numbers of a prompt of its own for each option, for questions with equal options, too."""
+    """Going on from the cache gives the numbers of a prompt of its own for each option, for
+    questions with equal options, too.
+    """
     from medmcqa_lora.data.questions import find_problems
     from medmcqa_lora.model.resolve import load_tokenizer
     from medmcqa_lora.model.load import load_model
@@ -97,7 +99,9 @@ def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2)
 
 @pytest.mark.skipif(not ALL, reason="make test-all; test_installed runs a smaller demo")
 def test_demo(tmp_path, cli, smollm2):
-    """The main job on the real small model, with fewer steps and questions than `make demo` takes."""
+    """The main job on the real small model, with fewer steps and questions than `make demo`
+    takes.
+    """
     code, out, err = cli("demo", "-p", "max_steps", "3", "-p", "save_steps", "3", "-p", "max_eval_rows", "32", "--out", tmp_path / "demo")
     assert code == 0, err
     check_demo(out, tmp_path / "demo", 32)

@@ -1,4 +1,6 @@
-"""Killed at any moment and started again with --resume, a run ends as one that was never stopped: the same losses, the same bytes."""
+"""Killed at any moment and started again with --resume, a run ends as one that was never stopped:
+the same losses, the same bytes.
+"""
 import json
 import os
 import random
@@ -134,7 +136,9 @@ def test_killed_at_any_moment_it_ends_the_same(seed, processes, tmp_path, never_
 
 
 def test_the_runs_to_compare_with_are_worth_it(never_stopped):
-    """Early stopping ends the one before its last step, after the second epoch has begun and two evaluations without a better loss."""
+    """Early stopping ends the one before its last step, after the second epoch has begun and two
+    evaluations without a better loss.
+    """
     whole = never_stopped("early stopping", 2)
     result, evals = json.loads((whole / "result.json").read_text()), read_lines(whole / "evals.jsonl")
     assert result["steps"] == 8 < SMALL["max_steps"] and result["epochs"] > 1 and min(evals, key=lambda e: e["eval_loss"])["step"] == 4
@@ -201,7 +205,9 @@ def test_hosts_without_a_common_folder_get_the_checkpoint(tmp_path):
 @pytest.mark.skipif(not ALL, reason="make test-all; begin_demo and unfinished_demo are tested in cli")
 @pytest.mark.parametrize("seen", ["base/predictions.jsonl", "recipe.json", "checkpoints/checkpoint-2", "tuned/evaluation.json"])
 def test_a_demo_goes_on(seen, tmp_path):
-    """Killed, and called again the same way, it takes up the folder that it had named, and does nothing twice."""
+    """Killed, and called again the same way, it takes up the folder that it had named, and does
+    nothing twice.
+    """
     given, mark = ["demo", "--recipe", "toy", *(w for k, v in (dict(max_steps=4, save_steps=2, max_eval_rows=8, max_rows=10)).items() for w in ("-p", k, str(v)))], f"MARK{os.getpid()}demo"
     run = subprocess.Popen([*COMMAND, *given], cwd=tmp_path, env=os.environ | {"MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob(f"_runs/demo-*/{seen}")) and run.poll() is None:

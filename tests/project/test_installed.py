@@ -1,4 +1,6 @@
-"""The wheel and the sdist carry what a run needs: installed into an empty environment, used from an empty folder."""
+"""The wheel and the sdist carry what a run needs: installed into an empty environment, used from an
+empty folder.
+"""
 
 import os
 import subprocess

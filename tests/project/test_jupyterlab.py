@@ -1,4 +1,5 @@
-"""A real JupyterLab, driven by a browser: what a person does who opens the notebooks and runs them."""
+"""A real JupyterLab, driven by a browser: what a person does who opens the notebooks and runs them.
+"""
 
 import json
 import os
@@ -26,7 +27,9 @@ FINISHED = f"""() => {CELLS}.some(c => c.outputs.some(o => o.output_type === 'er
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, browser):
-    """JupyterLab's address and token, on a copy of the project, on this machine's own network alone."""
+    """JupyterLab's address and token, on a copy of the project, on this machine's own network
+    alone.
+    """
     work = tmp_path_factory.mktemp("lab")
     copy = build_docs.copy_project(work / "copy")
     for name in ("train", "evaluate"):

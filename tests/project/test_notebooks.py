@@ -32,7 +32,9 @@ def executed(request, tmp_path_factory) -> dict[Path, Future]:
     "notebook", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 )
 def test_notebook(notebook: Path, executed: dict[Path, Future]):
-    """nbdev-test in a process of its own, from the first cell to the last; the outputs are kept for the site."""
+    """nbdev-test in a process of its own, from the first cell to the last; the outputs are kept
+    for the site.
+    """
     executed[notebook].result()
     found = json.loads(build_docs.kept(notebook.relative_to(ROOT / "nbs").as_posix()).read_text())
     assert any(o.get("data") for c in found["cells"] for o in c.get("outputs", [])), (

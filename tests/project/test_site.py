@@ -99,7 +99,9 @@ def test_sidebar_lists_every_notebook():
 
 
 def test_no_text_is_lost_with_the_title():
-    """nbdev makes title and description of the first Markdown cell and drops what else stands there."""
+    """nbdev makes title and description of the first Markdown cell and drops what else stands
+    there.
+    """
     for name in build_docs.notebooks():
         first = next(
             c.source

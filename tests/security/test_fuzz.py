@@ -1,4 +1,6 @@
-"""In `make test-all`, where atheris is installed: both fuzzers for a minute each. `make fuzz` runs them longer."""
+"""In `make test-all`, where atheris is installed: both fuzzers for a minute each. `make fuzz` runs
+them longer.
+"""
 import subprocess
 import sys
 

@@ -1,7 +1,9 @@
-"""Rubbish in: each malformed input gives one line that says what, where and what to do, exit code 1, and nothing half-written.
+"""Rubbish in: each malformed input gives one line that says what, where and what to do, exit
+code 1, and nothing half-written.
 
-A case is a function that builds the input in an empty folder (the current one) and gives the command's words; beside it stands what the message must hold.
-Commands run in this process; a case that gets as far as starting a run fails.
+A case is a function that builds the input in an empty folder (the current one) and gives the
+command's words; beside it stands what the message must hold. Commands run in this process; a case
+that gets as far as starting a run fails.
 """
 import json
 import os

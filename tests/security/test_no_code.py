@@ -1,4 +1,6 @@
-"""No code from data: what could run code is never called, and hostile files of every kind are read as data."""
+"""No code from data: what could run code is never called, and hostile files of every kind are read
+as data.
+"""
 import ast
 import functools
 import json
@@ -46,7 +48,9 @@ def test_no_pickle_is_imported():
 
 
 def test_nothing_is_called_that_runs_code_from_data():
-    """torch.load only with weights_only=True; no pickled arrays or tables; no eval, exec or shell."""
+    """torch.load only with weights_only=True; no pickled arrays or tables; no eval, exec or
+    shell.
+    """
     names = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "pd.eval", "runpy.run_path"}
     found = [call for func, kw, call in calls() if func in names or "allow_pickle" in kw or func.endswith(".to_pickle")
              or (func.startswith("subprocess.") and "shell" in kw)
@@ -65,7 +69,9 @@ def test_remote_code_is_never_trusted():
 
 
 def test_the_trainers_arguments_are_never_read():
-    """transformers pickles them beside every checkpoint, as training_args.bin; neither it nor this package loads them."""
+    """transformers pickles them beside every checkpoint, as training_args.bin; neither it nor
+    this package loads them.
+    """
     from transformers import trainer
 
     assert not any("training_args" in call and "load" in call for *_, call in calls())
@@ -217,7 +223,9 @@ def test_a_hostile_checkpoint(name, trained, harmed, tmp_path):
 
 
 def test_a_hostile_adapter(trained, harmed, tmp_path):
-    """PEFT falls back on a pickle where there are no safetensors; evaluate never gets that far, and a notebook gets an error."""
+    """PEFT falls back on a pickle where there are no safetensors; evaluate never gets that far,
+    and a notebook gets an error.
+    """
     from medmcqa_lora.model.load import load_model
     from medmcqa_lora.model.adapter import check_adapter, load_adapter
     from medmcqa_lora.core.recipe_files import load_recipe
@@ -248,7 +256,9 @@ def test_an_adapter_that_names_a_module(trained, harmed, tmp_path, monkeypatch):
 
 
 def test_pickles_in_parquet(harmed, tmp_path, cli):
-    """A column of pickled objects is bytes; Arrow's old Python extension type, which unpickled its own description, is not known any more."""
+    """A column of pickled objects is bytes; Arrow's old Python extension type, which unpickled
+    its own description, is not known any more.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -267,7 +277,9 @@ TOKENS = {k: f"hf_{k.title().replace('_', '')}mcqFakeToken" for k in ("HF_TOKEN"
 
 
 def hostile_rows(folder: Path) -> Path:
-    """Rows with HTML, a terminal's escapes and a broken formula in every field that is shown, in a file whose name is Python."""
+    """Rows with HTML, a terminal's escapes and a broken formula in every field that is shown, in
+    a file whose name is Python.
+    """
     def row(i):
         return {"id": f"q{i}{HTML}", "question": f"{HTML}\x1b]0;mcq\x07 Which organ is number {i}? $\\x$", **{f"op{c}": f"{c} [link](javascript:mcq) {HTML}" for c in "abcd"}, "cop": i % 4 + 1,
                 "subject_name": ["$\\x$", f"{HTML} | mcq", '=HYPERLINK("http://mcq")', "\x1b[2Jmcq"][i % 4], "choice_type": "$\\mcq{$", "split": "train" if i < 24 else "validation"}
@@ -300,7 +312,9 @@ class Shown(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
-    """train, through papermill, on hostile rows, into a folder whose name papermill would fill in, with tokens in the environment."""
+    """train, through papermill, on hostile rows, into a folder whose name papermill would fill
+    in, with tokens in the environment.
+    """
     place = tmp_path_factory.mktemp("hostile")
     env = os.environ | TOKENS | dict(XDG_CACHE_HOME=str(place / "cache"), TMPDIR=str(place / "tmp"), PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", COLUMNS="80")
     (place / "tmp").mkdir()

@@ -1,4 +1,6 @@
-"""Properties of the three parsers, on texts that hypothesis makes: rows, recipes, and answers that a model wrote."""
+"""Properties of the three parsers, on texts that hypothesis makes: rows, recipes, and answers
+that a model wrote.
+"""
 import ast
 import csv
 import io
@@ -132,7 +134,9 @@ def test_any_ini_file_gives_a_recipe_or_one_line(content, overrides, tmp_path):
 
 @given(st.dictionaries(st.sampled_from(["model", "data", "out", "lora_targets", "tokenizer"]), ANY, min_size=1), st.floats(allow_nan=False, allow_infinity=False), st.integers())
 def test_papermill_carries_values_as_data(texts, number, whole):
-    """papermill pastes values into a cell as Python: what arrives is what was sent, and nothing but assignments."""
+    """papermill pastes values into a cell as Python: what arrives is what was sent, and nothing
+    but assignments.
+    """
     from papermill.translators import PythonTranslator
 
     values = texts | {"learning_rate": number, "seed": whole, "report_to": list(texts.values()), "max_rows": None, "resume": True}

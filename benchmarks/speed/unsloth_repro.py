@@ -1,11 +1,13 @@
-"""Unsloth alone on the first blocks of Nemotron-3-Nano, with random weights: how long a training step takes, or where it is when time is up.
+"""Unsloth alone on the first blocks of Nemotron-3-Nano, with random weights: how long a training
+step takes, or where it is when time is up.
 
-    python benchmarks/unsloth_repro.py [--layers 13] [--rows 16] [--tokens 256] [--steps 3] [--seconds 240]
+    python benchmarks/speed/unsloth_repro.py [--layers 13] [--rows 16] [--tokens 256] [--steps 3] [--seconds 240]
 
-Nothing of this package is used. Needs unsloth, transformers, a GPU, and a disk with 2 bytes a parameter in TMPDIR (13 blocks: 14 GiB).
-Every stage is a line with its seconds. After `--seconds`, all threads' stacks are printed and the script ends with 1.
-`MAMBA_DETERMINISTIC=1 TRITON_CACHE_AUTOTUNING=0` gives each of mamba_ssm's kernels one configuration; without it Triton compiles
-and tries all of them, some 140, in the first step.
+Nothing of this package is used. Needs unsloth, transformers, a GPU, and a disk with 2 bytes a
+parameter in TMPDIR (13 blocks: 14 GiB). Every stage is a line with its seconds. After
+`--seconds`, all threads' stacks are printed and the script ends with 1. `MAMBA_DETERMINISTIC=1
+TRITON_CACHE_AUTOTUNING=0` gives each of mamba_ssm's kernels one configuration; without it Triton
+compiles and tries all of them, some 140, in the first step.
 """
 
 import argparse
@@ -70,7 +72,9 @@ def say(what):
 
 
 def write(folder, layers, tiny):
-    """Random weights and a tokenizer of two words; in a process of its own, since Unsloth wants to be imported first."""
+    """Random weights and a tokenizer of two words; in a process of its own, since Unsloth wants
+    to be imported first.
+    """
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -1,6 +1,6 @@
 """Start-up seconds: `medmcqa-lora --help` and `import medmcqa_lora` beside an empty Python.
 
-    .venv/bin/python benchmarks/startup.py [REPEATS]
+    .venv/bin/python benchmarks/speed/startup.py [REPEATS]
 
 Targets: --help below 1 s, import below 0.3 s.
 """
@@ -10,7 +10,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common import alternate, record, spread, timed
+from benchmarks.common import alternate, record, timed
+from medmcqa_lora.bench.profile import median_and_range
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -24,4 +25,4 @@ if __name__ == "__main__":
     taken = alternate(
         {name: partial(timed, partial(run, command)) for name, command in COMMANDS.items()}, repeats
     )
-    record("startup", {}, {name: spread(t) for name, t in taken.items()})
+    record("startup", {}, {name: median_and_range(t) for name, t in taken.items()})

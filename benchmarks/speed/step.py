@@ -1,9 +1,10 @@
-"""Seconds of a training step: ours (metrics, progress, checkpoints' bookkeeping) beside TRL's own SFTTrainer.
+"""Seconds of a training step: ours (metrics, progress, checkpoints' bookkeeping) beside TRL's own
+SFTTrainer.
 
-    .venv/bin/python benchmarks/step.py [RECIPE] [PAIRS] [STEPS]
+    .venv/bin/python benchmarks/speed/step.py [RECIPE] [PAIRS] [STEPS]
 
-Same model, rows, order and batch; a pair is STEPS steps of each, timed from the end of the first to the end of the last.
-Target: the median of the pairs' ratios at most 1.05.
+Same model, rows, order and batch; a pair is STEPS steps of each, timed from the end of the first
+to the end of the last. Target: the median of the pairs' ratios at most 1.05.
 """
 
 import sys
@@ -12,10 +13,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common import alternate, record, spread
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.common import alternate, record
+from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.tokens import encode_questions
@@ -35,7 +37,9 @@ class Clock(TrainerCallback):
 
 
 def plain_trainer(model, tokenizer, encoded, recipe, run):
-    """What a script would write: TRL's trainer on the same tokens, with the same optimisation and no progress bar."""
+    """What a script would write: TRL's trainer on the same tokens, with the same optimisation
+    and no progress bar.
+    """
     args = SFTConfig(
         output_dir=str(run),
         per_device_train_batch_size=recipe.per_device_train_batch_size,
@@ -88,7 +92,7 @@ if __name__ == "__main__":
         "step",
         dict(recipe=name, steps=int(steps), seed=recipe.seed),
         {
-            **{f"{k}, s a step": spread(t) for k, t in taken.items()},
-            "ratio ours / bare TRL": spread(ratios),
+            **{f"{k}, s a step": median_and_range(t) for k, t in taken.items()},
+            "ratio ours / bare TRL": median_and_range(ratios),
         },
     )

@@ -1,14 +1,16 @@
-"""The loss curve of the same training by this package's fast path and by transformers' and PEFT's own, beside the noise of seeds.
+"""The loss curve of the same training by this package's fast path and by transformers' and PEFT's
+own, beside the noise of seeds.
 
-    python benchmarks/curve.py                                   # the toy Nemotron-H on the shipped sample
-    python benchmarks/curve.py --data ../shared/data/medmcqa_train_partial.jsonl
-    python benchmarks/curve.py --dtype bfloat16                  # on a GPU
+    python benchmarks/correctness/curve.py                                   # the toy Nemotron-H on the shipped sample
+    python benchmarks/correctness/curve.py --data ../shared/data/medmcqa_train_partial.jsonl
+    python benchmarks/correctness/curve.py --dtype bfloat16                  # on a GPU
 
-Random weights have little to lose, so the toy first learns to write the questions of half of the rows, all of its parameters
-trained. Then LoRA on every group is trained on the other rows: with fast = auto; with fast = off in the same order of the rows, from
-the same adapter; and with fast = off in other orders, which is what a seed would change anyway. Prints the differences of the
-curves (nats a supervised token), the last number being the loss on rows held out. Appends a line to benchmarks/curve.jsonl
-(or --out FILE).
+Random weights have little to lose, so the toy first learns to write the questions of half of the
+rows, all of its parameters trained. Then LoRA on every group is trained on the other rows: with
+fast = auto; with fast = off in the same order of the rows, from the same adapter; and with fast =
+off in other orders, which is what a seed would change anyway. Prints the differences of the
+curves (nats a supervised token), the last number being the loss on rows held out. Appends a line
+to benchmarks/results/curve.jsonl (or --out FILE).
 """
 
 import argparse
@@ -19,8 +21,9 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from isolation import GROUPS
 
+from benchmarks.common import results_file
+from benchmarks.correctness.isolation import GROUPS
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.core.files import append_line, read_lines
 from medmcqa_lora.core.recipe import Recipe
@@ -39,7 +42,9 @@ WINDOW = 20  # steps of the running mean, which takes out what one batch differs
 def pretrain(
     recipe: Recipe, rows: list[dict], steps: int, size: int, rate: float, folder: Path
 ) -> list[float]:
-    """Losses of training all parameters on whole rows, in float32; leaves model and tokenizer in the folder."""
+    """Losses of training all parameters on whole rows, in float32; leaves model and tokenizer in
+    the folder.
+    """
     model, collate = (
         apply_fast_parts(
             load_model(replace(recipe, fast="off", dtype="float32")),
@@ -77,7 +82,9 @@ def pretrain(
 
 
 def curve(recipe: Recipe, order: int, tokenizer, encoded, held_out, folder: Path) -> dict:
-    """Losses of LoRA training, a number a step, and those on the rows held out; the adapter starts from the recipe's seed, the order of rows from its own."""
+    """Losses of LoRA training, a number a step, and those on the rows held out; the adapter
+    starts from the recipe's seed, the order of rows from its own.
+    """
     folder.mkdir()
     model, began = (
         apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe),
@@ -97,7 +104,9 @@ def curve(recipe: Recipe, order: int, tokenizer, encoded, held_out, folder: Path
 
 
 def apart(a: dict, b: dict) -> dict[str, float]:
-    """Differences of two curves: of each step, of running means, and of the last loss on the rows held out."""
+    """Differences of two curves: of each step, of running means, and of the last loss on the
+    rows held out.
+    """
     x, y = (torch.tensor(c["losses"], dtype=torch.float64) for c in (a, b))
     smooth = (x - y).unfold(0, min(WINDOW, len(x)), 1).mean(-1).abs()
     return {
@@ -212,7 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("--orders", type=int, default=3, help="other orders of the rows")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".jsonl")))
+    parser.add_argument("--out", default=str(results_file(__file__)))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(args, Path(folder))

@@ -1,13 +1,16 @@
-"""Is a killed and resumed run the same as one never stopped? On the machine at hand, by the public command.
+"""Is a killed and resumed run the same as one never stopped? On the machine at hand, by the public
+command.
 
-    python benchmarks/resume.py --recipe nemotron_nano -p weights random -p max_steps 12 -p save_steps 4 -p max_rows 2000
-    python benchmarks/resume.py --recipe toy -p max_steps 12 -p save_steps 4        # a check of this script, on a CPU
+    python benchmarks/correctness/resume.py --recipe nemotron_nano -p weights random -p max_steps 12 -p save_steps 4 -p max_rows 2000
+    python benchmarks/correctness/resume.py --recipe toy -p max_steps 12 -p save_steps 4        # a check of this script, on a CPU
 
-Three runs of a recipe: two that are never stopped, and one that gets SIGKILL (the command, its workers and kernels at once)
-when metrics.jsonl has --kill-at lines, and goes on by --resume. The two whole ones say whether the machine's kernels
-are deterministic at all; where they are not, the third can't be expected to be closer than those are to each other.
-Compared are losses and all other numbers of metrics.jsonl but speed and memory, and the adapter, byte by byte; what differs
-is told by its largest difference, and for the adapter by tensors. Appends a line to benchmarks/resume.jsonl (or --out FILE).
+Three runs of a recipe: two that are never stopped, and one that gets SIGKILL (the command, its
+workers and kernels at once) when metrics.jsonl has --kill-at lines, and goes on by --resume. The
+two whole ones say whether the machine's kernels are deterministic at all; where they are not, the
+third can't be expected to be closer than those are to each other. Compared are losses and all
+other numbers of metrics.jsonl but speed and memory, and the adapter, byte by byte; what differs
+is told by its largest difference, and for the adapter by tensors. Appends a line to
+benchmarks/results/resume.jsonl (or --out FILE).
 """
 
 import argparse
@@ -21,6 +24,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from benchmarks.common import results_file
 from medmcqa_lora.cli import join_params
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.core.files import append_line, read_lines
@@ -138,7 +142,7 @@ def main() -> None:
         help="for the three runs; an older one is deleted",
     )
     parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=HERE.with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     args = parser.parse_args(join_params(sys.argv[1:]))
     words = [
         "--recipe",

@@ -1,14 +1,16 @@
 """How far the fast path is from float32, beside how far transformers' and PEFT's own bfloat16 is.
 
-    python benchmarks/closeness.py                   # the toy, on this machine's device
-    python benchmarks/closeness.py --blocks MEM*E    # blocks of full size instead (a GPU)
+    python benchmarks/correctness/closeness.py                   # the toy, on this machine's device
+    python benchmarks/correctness/closeness.py --blocks MEM*E    # blocks of full size instead (a GPU)
 
-The same weights three times: in float32 by transformers' PyTorch code (the reference), in bfloat16 by transformers and
-PEFT, and in bfloat16 by this package, with its frozen matrices in bfloat16 and as 8-bit floats, on a packed row of examples of one token, of a chunk and its neighbours and of more
-than two chunks. On one GPU, the package's step is replayed from a CUDA graph, too. The cases of the router: as it is; a bias
-that sends every token to the same experts and leaves the others without any. Differences are norms of the difference over
-the reference's norm: of the logits, and of all LoRA gradients of the loss on every token. Appends a line to
-benchmarks/closeness.jsonl (or --out FILE).
+The same weights three times: in float32 by transformers' PyTorch code (the reference), in
+bfloat16 by transformers and PEFT, and in bfloat16 by this package, with its frozen matrices in
+bfloat16 and as 8-bit floats, on a packed row of examples of one token, of a chunk and its
+neighbours and of more than two chunks. On one GPU, the package's step is replayed from a CUDA
+graph, too. The cases of the router: as it is; a bias that sends every token to the same experts
+and leaves the others without any. Differences are norms of the difference over the reference's
+norm: of the logits, and of all LoRA gradients of the loss on every token. Appends a line to
+benchmarks/results/closeness.jsonl (or --out FILE).
 """
 
 import argparse
@@ -24,9 +26,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from isolation import GROUPS, make_recipe
 from torch import nn
 
+from benchmarks.common import results_file
+from benchmarks.correctness.isolation import GROUPS, make_recipe
 from medmcqa_lora.core.environment import KERNELS, git_commit, hardware, versions
 from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
 from medmcqa_lora.fast.blocks import in_float8
@@ -79,7 +82,9 @@ def fill(model: nn.Module, seed: int) -> nn.Module:
 
 @contextmanager
 def pytorch_alone():
-    """transformers' Mamba blocks by its PyTorch code, each example in a row of its own, also where its kernels are installed."""
+    """transformers' Mamba blocks by its PyTorch code, each example in a row of its own, also
+    where its kernels are installed.
+    """
     code, mamba = (
         importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h"),
         importlib.import_module("medmcqa_lora.fast.mamba"),
@@ -93,7 +98,9 @@ def pytorch_alone():
 
 
 def loss_of(model: nn.Module, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (T, vocabulary) and the mean loss on every token that has one before it in its example."""
+    """Logits (T, vocabulary) and the mean loss on every token that has one before it in its
+    example.
+    """
     half = next(p for p in model.parameters() if not p.requires_grad).dtype == torch.bfloat16
     with torch.autocast(row["input_ids"].device.type, torch.bfloat16, enabled=half):
         logits = (
@@ -132,7 +139,9 @@ def replayed(model: nn.Module, row: dict) -> tuple[torch.Tensor, dict[str, torch
 
 
 def apart(found: tuple, reference: tuple) -> dict[str, float]:
-    """Relative differences of logits, of all gradients together, and of the worst matrix' gradient."""
+    """Relative differences of logits, of all gradients together, and of the worst matrix'
+    gradient.
+    """
     (y, g), (y0, g0) = found, reference
     whole = (
         sum((g[n] - g0[n]).square().sum() for n in g0) / sum(v.square().sum() for v in g0.values())
@@ -216,7 +225,7 @@ if __name__ == "__main__":
     parser.add_argument("--experts", action="store_true", help="LoRA on routed experts, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".jsonl")))
+    parser.add_argument("--out", default=str(results_file(__file__)))
     args = parser.parse_args()
     found = closeness(args.blocks, args.seed, args.ordinary, args.experts)
     print("\n".join(found["kernels"]))

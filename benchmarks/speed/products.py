@@ -1,12 +1,13 @@
 """The 30B model's frozen products in bfloat16 and in 8 bits, by themselves.
 
-    python benchmarks/products.py                # an H100 or H200
-    python benchmarks/products.py --tokens 512   # anywhere: the same code, where PyTorch computes what 8 bits stand for
+    python benchmarks/speed/products.py                # an H100 or H200
+    python benchmarks/speed/products.py --tokens 512   # anywhere: the same code, where PyTorch computes what 8 bits stand for
 
-Dense ones of a row of 16,384 tokens, forward and backward, and the routed experts' of its 98,304 rows, shared out among 128
-experts unevenly. 8-bit rows are made beforehand: within a step, that is done by the kernels that compute them. For the experts
-torch's own grouped product of 8-bit rows, too. Prints milliseconds (median of the repetitions), TFLOP/s and the distance from
-bfloat16's result; appends a line to benchmarks/products.jsonl (or --out FILE).
+Dense ones of a row of 16,384 tokens, forward and backward, and the routed experts' of its 98,304
+rows, shared out among 128 experts unevenly. 8-bit rows are made beforehand: within a step, that
+is done by the kernels that compute them. For the experts torch's own grouped product of 8-bit
+rows, too. Prints milliseconds (median of the repetitions), TFLOP/s and the distance from
+bfloat16's result; appends a line to benchmarks/results/products.jsonl (or --out FILE).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import results_file
 from medmcqa_lora.bench.profile import elapsed, synchronise, timestamp
 from medmcqa_lora.core.environment import git_commit, hardware, has_float8, versions
 from medmcqa_lora.core.files import append_line
@@ -124,7 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".jsonl")))
+    parser.add_argument("--out", default=str(results_file(__file__)))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,15 @@
-"""What an example's logits and LoRA gradients owe to its neighbours: alone, padded in a batch, packed in a row.
+"""What an example's logits and LoRA gradients owe to its neighbours: alone, padded in a batch,
+packed in a row.
 
-    python benchmarks/isolation.py                     # the toy, float32, on this machine's device
-    python benchmarks/isolation.py --blocks MEM*E      # blocks of full size instead (a GPU)
-    python benchmarks/isolation.py --dtype bfloat16
+    python benchmarks/correctness/isolation.py                     # the toy, float32, on this machine's device
+    python benchmarks/correctness/isolation.py --blocks MEM*E      # blocks of full size instead (a GPU)
+    python benchmarks/correctness/isolation.py --dtype bfloat16
 
-Every LoRA target group is attached and given random values. The model is in training mode, so on a GPU with the kernels
-the fused path runs; scoring, in evaluation mode, is in the last two lines. Differences are the norm of the difference over the
-norm of what the example gives alone; "leaking" is the same without anything that keeps examples apart, to show that the
-measure would see it. Appends a line to benchmarks/isolation.jsonl (or --out FILE).
+Every LoRA target group is attached and given random values. The model is in training mode, so on
+a GPU with the kernels the fused path runs; scoring, in evaluation mode, is in the last two lines.
+Differences are the norm of the difference over the norm of what the example gives alone;
+"leaking" is the same without anything that keeps examples apart, to show that the measure would
+see it. Appends a line to benchmarks/results/isolation.jsonl (or --out FILE).
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.common import results_file
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.core.files import shipped
 from medmcqa_lora.core.recipe import Recipe
@@ -33,7 +36,9 @@ GROUPS = ["attention", "mamba_in", "shared_experts", "routed_experts"]
 
 
 def adapted(recipe: Recipe):
-    """The recipe's model in training mode, with random values in B and in the convolutions' biases."""
+    """The recipe's model in training mode, with random values in B and in the convolutions'
+    biases.
+    """
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe).train()
     torch.manual_seed(1)
     for name, p in model.named_parameters():
@@ -64,7 +69,9 @@ def batches(rows: list[list[int]], device) -> dict[str, list[dict]]:
 
 
 def run(model, found: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits of all tokens in order (T, vocabulary), and the LoRA gradients of one loss on all of them."""
+    """Logits of all tokens in order (T, vocabulary), and the LoRA gradients of one loss on all
+    of them.
+    """
     model.zero_grad(set_to_none=True)
     logits = []
     for batch in found:
@@ -81,7 +88,9 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict[str, dict[str, float]]:
-    """Way -> relative difference to the example alone: of logits, of the worst matrix' gradient, of scores."""
+    """Way -> relative difference to the example alone: of logits, of the worst matrix' gradient,
+    of scores.
+    """
     model = adapted(recipe)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(recipe.seed)
     rows = [
@@ -136,7 +145,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".jsonl")))
+    parser.add_argument("--out", default=str(results_file(__file__)))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe, config = make_recipe(args.blocks, args.dtype, Path(folder))

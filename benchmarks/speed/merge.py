@@ -1,9 +1,12 @@
-"""Seconds and peak memory of merging: ours, a matrix at a time; PEFT's, the whole model (load, merge_and_unload, save_pretrained).
+"""Seconds and peak memory of merging: ours, a matrix at a time; PEFT's, the whole model (load,
+merge_and_unload, save_pretrained).
 
-    .venv/bin/python benchmarks/merge.py [REPEATS]
+    .venv/bin/python benchmarks/speed/merge.py [REPEATS]
 
-A Nemotron-H with random weights in bfloat16 (768 MiB of routed experts) in files of 100 MB; LoRA r = 16 on attention, mamba_in, shared and routed
-experts. Each merge runs in a process of its own; its peak is counted from where the libraries are loaded (Linux's VmHWM). Target: ours below one file.
+A Nemotron-H with random weights in bfloat16 (768 MiB of routed experts) in files of 100 MB; LoRA
+r = 16 on attention, mamba_in, shared and routed experts. Each merge runs in a process of its own;
+its peak is counted from where the libraries are loaded (Linux's VmHWM). Target: ours below one
+file.
 """
 
 import subprocess
@@ -15,7 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import alternate, record, spread
+
+from benchmarks.common import alternate, record
+from medmcqa_lora.bench.profile import median_and_range
 
 VARIANTS = {
     "ours": "from medmcqa_lora.model.merge import merge_adapter\ndef work(): merge_adapter(adapter, out, base)",
@@ -119,6 +124,6 @@ if __name__ == "__main__":
         record(
             "merge",
             settings,
-            {f"{name}, s": spread(t) for name, t in taken.items()}
-            | {f"{name}, peak MiB": spread(p[1:]) for name, p in peaks.items()},
+            {f"{name}, s": median_and_range(t) for name, t in taken.items()}
+            | {f"{name}, peak MiB": median_and_range(p[1:]) for name, p in peaks.items()},
         )

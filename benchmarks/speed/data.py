@@ -1,11 +1,13 @@
-"""Seconds and peak memory of what comes before a model on a training set of MedMCQA's size, twice: afresh, and from the cache.
+"""Seconds and peak memory of what comes before a model on a training set of MedMCQA's size, twice:
+afresh, and from the cache.
 
-    python benchmarks/data.py [REPEATS] [--rows 182822] [--target letter]
+    python benchmarks/speed/data.py [REPEATS] [--rows 182822] [--target letter]
 
-182,822 different questions are made up (seeded) from the words of real rows in ../shared/data, each with the numbers of
-words of a real validation row, explanations included; they say nothing. Then, each time in a fresh process, they are read
-and checked (`load_pair`), tokenised for SmolLM2 (`encode_questions`) and packed, eight examples a row, as the trainer's
-collator does. "again" is the same with the first process' cache. Target: first run within 60 s and 2 GB on two cores.
+182,822 different questions are made up (seeded) from the words of real rows in ../shared/data,
+each with the numbers of words of a real validation row, explanations included; they say nothing.
+Then, each time in a fresh process, they are read and checked (`load_pair`), tokenised for SmolLM2
+(`encode_questions`) and packed, eight examples a row, as the trainer's collator does. "again" is
+the same with the first process' cache. Target: first run within 60 s and 2 GB on two cores.
 """
 
 import argparse
@@ -20,9 +22,10 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from common import record, spread
 from torch.utils.data import DataLoader
 
+from benchmarks.common import record
+from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.sources import read_file
@@ -60,7 +63,9 @@ def make_rows(path: Path, n: int, seed: int = 0) -> None:
 
 
 def measure(path: str, cache: str, target: str) -> dict[str, float]:
-    """Seconds by step, and the most resident memory of this process; runs in a process of its own."""
+    """Seconds by step, and the most resident memory of this process; runs in a process of its
+    own.
+    """
     recipe = Recipe(data=path, eval_data="sample", target=target)
     tokenizer, taken, at = load_tokenizer(recipe), {}, time.perf_counter()
 
@@ -93,7 +98,9 @@ def measure(path: str, cache: str, target: str) -> dict[str, float]:
 
 
 def peak() -> float:
-    """GB (10^9 bytes); VmHWM counts from this program's start, getrusage also what its parent held."""
+    """GB (10^9 bytes); VmHWM counts from this program's start, getrusage also what its parent
+    held.
+    """
     [line] = [
         x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
     ]
@@ -139,4 +146,4 @@ if __name__ == "__main__":
             megabytes=round(rows.stat().st_size / 1e6),
             cores=len(os.sched_getaffinity(0)),
         )
-        record("data", settings, {name: spread(values) for name, values in found.items()})
+        record("data", settings, {name: median_and_range(values) for name, values in found.items()})

@@ -1,14 +1,16 @@
 """Peak memory of training steps, predicted by `medmcqa_lora.training.memory` and measured.
 
-    python benchmarks/memory.py --device cuda --commit $(git rev-parse HEAD)     # the 30B model, random weights made on the device
-    python benchmarks/memory.py                                                  # toy size on the CPU, a check of this script
-    python benchmarks/memory.py --list                                           # the configurations and what is predicted for the 30B model
+    python benchmarks/memory/peak.py --device cuda --commit $(git rev-parse HEAD)     # the 30B model, random weights made on the device
+    python benchmarks/memory/peak.py                                                  # toy size on the CPU, a check of this script
+    python benchmarks/memory/peak.py --list                                           # the configurations and what is predicted for the 30B model
 
-Each configuration goes through the package's own load_model, attach_lora and make_trainer: a trainer's steps on synthetic rows
-of given lengths, always the same batch; packed ones are filled up and recorded, as in a run. The peak is torch.cuda.max_memory_allocated from the second step on, when AdamW's
-moments exist and Triton has tuned its kernels (that of the first step is recorded, too). On the CPU, where there is no
-such counter, torch's profiler adds up allocations above the weights. A configuration that runs out of memory is recorded
-as such, and everything is freed before the next. Appends a line a configuration to benchmarks/memory.jsonl (or --out FILE).
+Each configuration goes through the package's own load_model, attach_lora and make_trainer: a
+trainer's steps on synthetic rows of given lengths, always the same batch; packed ones are filled
+up and recorded, as in a run. The peak is torch.cuda.max_memory_allocated from the second step on,
+when AdamW's moments exist and Triton has tuned its kernels (that of the first step is recorded,
+too). On the CPU, where there is no such counter, torch's profiler adds up allocations above the
+weights. A configuration that runs out of memory is recorded as such, and everything is freed
+before the next. Appends a line a configuration to benchmarks/results/peak.jsonl (or --out FILE).
 """
 
 import argparse
@@ -21,10 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import allocated_on_cpu
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from benchmarks.common import allocated_on_cpu, results_file
 from medmcqa_lora.core.environment import git_commit, hardware, missing_kernels, versions
 from medmcqa_lora.core.files import shipped
 from medmcqa_lora.core.recipe import Recipe, check_recipe
@@ -317,7 +319,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="where there is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args()
     chosen = [

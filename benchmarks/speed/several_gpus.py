@@ -1,15 +1,18 @@
-"""Training speed over several GPUs of one host: a copy of the model in each process (ddp), and a share in each (fsdp), beside one.
+"""Training speed over several GPUs of one host: a copy of the model in each process (ddp), and a
+share in each (fsdp), beside one.
 
-    python benchmarks/spread.py --recipe nemotron_nano -p weights random --gpus 1,2 --ways ddp,fsdp --commit $(git rev-parse HEAD)
-    python benchmarks/spread.py --gpus 1,2 --tokens 512 --steps 3 --warmup 2          # toy size on CPUs, a check of this script
+    python benchmarks/speed/several_gpus.py --recipe nemotron_nano -p weights random --gpus 1,2 --ways ddp,fsdp --commit $(git rev-parse HEAD)
+    python benchmarks/speed/several_gpus.py --gpus 1,2 --tokens 512 --steps 3 --warmup 2          # toy size on CPUs, a check of this script
 
-Each case is started by torch's launcher, a process a GPU, and goes through the package's own load_model, attach_lora and
-make_trainer, with rows of the real questions' lengths. Every process has rows of its own in every step, as in a run: so a
-step waits for the longest of them, and the time of that is in the numbers. Timed are the steps after the warm-up, on
-rank 0, from the end of one to the end of the next. Tokens are real ones, of all processes; the share of peak is of all
-GPUs' together; the memory is that of the fullest rank. Efficiency is the speed over N times that of one process in the
-same call. An epoch is 182,822 rows of the mean length measured here. A case that can't be had is recorded with the reason.
-Appends a line a case to benchmarks/spread.jsonl (or --out FILE), and prints a table.
+Each case is started by torch's launcher, a process a GPU, and goes through the package's own
+load_model, attach_lora and make_trainer, with rows of the real questions' lengths. Every process
+has rows of its own in every step, as in a run: so a step waits for the longest of them, and the
+time of that is in the numbers. Timed are the steps after the warm-up, on rank 0, from the end of
+one to the end of the next. Tokens are real ones, of all processes; the share of peak is of all
+GPUs' together; the memory is that of the fullest rank. Efficiency is the speed over N times that
+of one process in the same call. An epoch is 182,822 rows of the mean length measured here. A case
+that can't be had is recorded with the reason. Appends a line a case to
+benchmarks/results/several_gpus.jsonl (or --out FILE), and prints a table.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from benchmarks.common import results_file
 from medmcqa_lora.bench.profile import elapsed, median_and_range, synchronise, timestamp
 from medmcqa_lora.bench.variants import (
     VARIANTS,
@@ -85,7 +89,9 @@ def rows_of_steps(
     stream: list[int],
     vocabulary: int,
 ) -> list[list[list[dict]]]:
-    """Each step's rows of each process. After the first step a few rows of their own come round again, so that the warm-up meets every shape."""
+    """Each step's rows of each process. After the first step a few rows of their own come round
+    again, so that the warm-up meets every shape.
+    """
     different = max(load.order) + 1
     made = make_rows(list(islice(cycle(lengths), size * different * processes)), stream, vocabulary)
     batches = [made[i * size : (i + 1) * size] for i in range(different * processes)]
@@ -308,7 +314,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=790.0, help="TFLOP/s of a GPU")
     parser.add_argument("--commit", default="")
     parser.add_argument("--limit", type=int, default=540, help="seconds a case")
-    parser.add_argument("--out", type=Path, default=HERE.with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     parser.add_argument("--logs", type=Path, default=Path("_runs/spread"))
     parser.add_argument("--worker")
     args = parser.parse_args(join_params(sys.argv[1:]))

@@ -1,13 +1,16 @@
-"""A MoE block's training step with LoRA on its routed experts: PEFT's way beside grouped products, in alternation.
+"""A MoE block's training step with LoRA on its routed experts: PEFT's way beside grouped products,
+in alternation.
 
-    python benchmarks/experts.py                                                 # toy size, on the CPU
-    python benchmarks/experts.py --device cuda --size full --tokens 4096 16384   # one block of the 30B model
+    python benchmarks/speed/experts.py                                                 # toy size, on the CPU
+    python benchmarks/speed/experts.py --device cuda --size full --tokens 4096 16384   # one block of the 30B model
 
-One set of weights serves all four variants (experts frozen or with LoRA; transformers' and PEFT's forward, or ours).
-A step is the block's forward and backward, with a gradient for its input. Peak memory is what a step needs above weights
-and adapter. Both ways are compared with the same block in a wider type computed expert by expert (--no-check leaves
-that out). Prints medians and ranges and appends a record a number of tokens to benchmarks/experts.jsonl (or --out FILE).
-Needs torch, transformers and peft only; run it from the checkout with PYTHONPATH=. where the package is not installed.
+One set of weights serves all four variants (experts frozen or with LoRA; transformers' and PEFT's
+forward, or ours). A step is the block's forward and backward, with a gradient for its input. Peak
+memory is what a step needs above weights and adapter. Both ways are compared with the same block
+in a wider type computed expert by expert (--no-check leaves that out). Prints medians and ranges
+and appends a record a number of tokens to benchmarks/results/experts.jsonl (or --out FILE). Needs
+torch, transformers and peft only; run it from the checkout with PYTHONPATH=. where the package is
+not installed.
 """
 
 import argparse
@@ -24,12 +27,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from common import allocated_on_cpu
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
+from benchmarks.common import allocated_on_cpu, results_file
 from medmcqa_lora.fast.experts import grouped_experts
 
 SIZES = {  # full: NVIDIA-Nemotron-3-Nano-30B-A3B
@@ -70,7 +73,9 @@ class Layer(nn.Module):
 
 
 def make(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """The block with random weights made on the device, and LoRA of that rank on both expert weights."""
+    """The block with random weights made on the device, and LoRA of that rank on both expert
+    weights.
+    """
     config = NemotronHConfig(
         hybrid_override_pattern="E",
         vocab_size=64,
@@ -140,7 +145,9 @@ def seconds(run, device: str) -> float:
 
 
 def errors(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> dict:
-    """Relative errors (norms) of output, input's gradient and LoRA's gradients against the wider type, expert by expert."""
+    """Relative errors (norms) of output, input's gradient and LoRA's gradients against the wider
+    type, expert by expert.
+    """
     wide = copy.deepcopy(model).to(torch.float64 if x.dtype == torch.float32 else torch.float32)
     wide.base_model.model.mixer.config._experts_implementation = "eager"
     kind = next(wide.parameters()).dtype
@@ -218,7 +225,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--commit", help="where there is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     asked = parser.parse_args()
     dtype = getattr(torch, asked.dtype or ("float32" if asked.device == "cpu" else "bfloat16"))
     torch.manual_seed(0)

@@ -1,15 +1,18 @@
-"""Recall, precision, seconds and peak memory of `check-data TRAIN --against VALIDATION` on a training set of MedMCQA's size.
+"""Recall, precision, seconds and peak memory of `check-data TRAIN --against VALIDATION` on a
+training set of MedMCQA's size.
 
-    python benchmarks/leakage.py [REPEATS] [--rows 182822] [--background phrases] [--planted 200]
+    python benchmarks/speed/leakage.py [REPEATS] [--rows 182822] [--background phrases] [--planted 200]
 
-The training set is made up (seeded) against all 4,183 real validation rows in ../shared/data. Background `phrases`: the
-stem of one real training row with the options of another, so that real turns of phrase collide as often as in real data;
-`words`: benchmarks/data.py's rows of random real words. Into it are planted, of different validation rows, copies of each
-kind: exact ones (white space changed), normalised ones (case, punctuation, invisible characters, options' order), near ones
-(words of the stem replaced, the real similarity from 0.5 up), near-misses (likewise, from 0.4 up to 0.5), and rows with
-the same options under another stem. What should be found as near is not taken from the method: the similarity of all 765
-million pairs is computed by a sparse matrix product. Each measurement runs in a process of its own, on one core.
-Target: 2 minutes and 4 GB on two cores.
+The training set is made up (seeded) against all 4,183 real validation rows in ../shared/data.
+Background `phrases`: the stem of one real training row with the options of another, so that real
+turns of phrase collide as often as in real data; `words`: benchmarks/speed/data.py's rows of
+random real words. Into it are planted, of different validation rows, copies of each kind: exact
+ones (white space changed), normalised ones (case, punctuation, invisible characters, options'
+order), near ones (words of the stem replaced, the real similarity from 0.5 up), near-misses
+(likewise, from 0.4 up to 0.5), and rows with the same options under another stem. What should be
+found as near is not taken from the method: the similarity of all 765 million pairs is computed by
+a sparse matrix product. Each measurement runs in a process of its own, on one core. Target: 2
+minutes and 4 GB on two cores.
 """
 
 import argparse
@@ -22,10 +25,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import record, spread
-from data import REAL, fresh_of, make_rows, peak
 from scipy import sparse
 
+from benchmarks.common import record
+from benchmarks.speed.data import REAL, fresh_of, make_rows, peak
+from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.data.leakage import DROPS, describe_overlaps, find_overlaps
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.similarity import NEAR, jaccard, overlap_key, shingles
@@ -67,7 +71,9 @@ def like(row: dict) -> set[str]:
 def with_words_changed(
     row: dict, low: float, high: float, words: list[str], draw: random.Random
 ) -> dict | None:
-    """The row with one word after the other of its stem replaced, as soon as its similarity is in [low, high)."""
+    """The row with one word after the other of its stem replaced, as soon as its similarity is
+    in [low, high).
+    """
     stem, own = str(row["question"]).split(), like(row)
     for at in draw.sample(range(len(stem)), len(stem)):
         stem[at] = draw.choice(words)
@@ -80,7 +86,9 @@ def with_words_changed(
 
 
 def plant(rows: list[dict], count: int, draw: random.Random) -> dict[int, str]:
-    """Replace rows by copies of validation rows, `count` of each kind; place -> what was planted there."""
+    """Replace rows by copies of validation rows, `count` of each kind; place -> what was planted
+    there.
+    """
     words = " ".join(r["question"] for r in rows[:5000]).split()
     make = {
         "exact": lambda r: r | {"question": str(r["question"]).replace(" ", "  ", 1)},
@@ -218,8 +226,9 @@ if __name__ == "__main__":
             for name, value in one["taken"].items():
                 times.setdefault(name, []).append(value)
         found = {int(i): kind for i, kind in one["found"].items()}
-        results = {name: spread(values) for name, values in times.items()} | {
-            name: spread([value]) for name, value in quality(str(path), planted, found).items()
+        results = {name: median_and_range(values) for name, values in times.items()} | {
+            name: median_and_range([value])
+            for name, value in quality(str(path), planted, found).items()
         }
         settings = dict(
             rows=asked.rows,

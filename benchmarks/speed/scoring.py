@@ -1,15 +1,17 @@
-"""Questions scored a second: `score_questions` beside four full-logit passes a question, as a plain script does it.
+"""Questions scored a second: `score_questions` beside four full-logit passes a question, as a plain
+script does it.
 
-    .venv/bin/python benchmarks/scoring.py [RECIPE] [ROWS] [PAIRS] [CHUNK]
+    .venv/bin/python benchmarks/speed/scoring.py [RECIPE] [ROWS] [PAIRS] [CHUNK]
 
-ROWS is a data source (default: the shipped validation questions). A pair scores the same CHUNK questions both ways;
-predictions must agree. Target: the median ratio at least 3.
+ROWS is a data source (default: the shipped validation questions). A pair scores the same CHUNK
+questions both ways; predictions must agree. Target: the median ratio at least 3.
 
-    .venv/bin/python benchmarks/scoring.py views [RECIPE] [ROWS] [N] [REPEATS]
+    .venv/bin/python benchmarks/speed/scoring.py views [RECIPE] [ROWS] [N] [REPEATS]
 
-All views of the first N questions, in alternation: letters, options' texts with the prompt's pass once for four and
-with one for each, generation. Both ways of the options must agree: the largest difference is recorded, in nats a token.
-Without a GPU, seconds are those of the processor (of all threads together; take one), since others may use it, too.
+All views of the first N questions, in alternation: letters, options' texts with the prompt's pass
+once for four and with one for each, generation. Both ways of the options must agree: the largest
+difference is recorded, in nats a token. Without a GPU, seconds are those of the processor (of all
+threads together; take one), since others may use it, too.
 """
 
 import sys
@@ -18,8 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import alternate, record, spread
 
+from benchmarks.common import alternate, record
+from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.prompts import render_prompt
 from medmcqa_lora.data.questions import load_questions
@@ -106,9 +109,10 @@ def views(name: str = "demo", rows: str = "sample", n: str = "100", repeats: str
         f"options, both ways: same predictions for {same} of {len(questions)}, at most {apart:.1e} nats a token apart"
     )
     rates = {
-        f"{v}, questions/s": spread([len(questions) / t for t in ts]) for v, ts in taken.items()
+        f"{v}, questions/s": median_and_range([len(questions) / t for t in ts])
+        for v, ts in taken.items()
     }
-    ratio = spread(
+    ratio = median_and_range(
         [a / b for a, b in zip(taken["options, prompt repeated"], taken["options, prompt shared"])]
     )
     record(
@@ -157,5 +161,8 @@ if __name__ == "__main__":
             chunks_agreed=agreed,
             chunks=int(pairs) + 1,
         ),
-        {**{f"{k}, questions/s": spread(t) for k, t in rates.items()}, "ratio": spread(ratios)},
+        {
+            **{f"{k}, questions/s": median_and_range(t) for k, t in rates.items()},
+            "ratio": median_and_range(ratios),
+        },
     )
