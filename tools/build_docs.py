@@ -79,7 +79,8 @@ def run(*words, cwd: Path) -> str:
     )
     if done.returncode:
         raise SystemExit(
-            f"{done.stdout[-3000:]}\nbuild_docs: {' '.join(map(str, words))[:200]}: failed, see above"
+            f"{done.stdout[-3000:]}\n"
+            f"build_docs: {' '.join(map(str, words))[:200]}: failed, see above"
         )
     return done.stdout
 
@@ -193,8 +194,10 @@ def true_size(staged: Path) -> None:
                 width = output.get("metadata", {}).get("image/png", {}).get("width")
                 if width:
                     alt = html.escape(described[1]) if described else "figure"
+                    png = output.data["image/png"].strip()
+                    source = f"data:image/png;base64,{png}"
                     output.data = {
-                        "text/html": f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{output.data["image/png"].strip()}">'
+                        "text/html": f'<img alt="{alt}" width="{width}" src="{source}">'
                     }
         nbformat.write(nb, notebook)
 
@@ -214,7 +217,9 @@ def llms_txt(site: Path) -> str:
 
     def line(name):
         page = name.removesuffix(".ipynb") + ".html"
-        return f"- [{head(name)[0]}]({page + '.md' if (site / (page + '.md')).exists() else page}): {head(name)[1]}"
+        if (site / f"{page}.md").exists():
+            page = f"{page}.md"
+        return f"- [{head(name)[0]}]({page}): {head(name)[1]}"
 
     title, summary = head("index.ipynb")
     text = f"# {title}\n\n> {summary}\n"

@@ -1,7 +1,7 @@
 """Figures of the code's form: lines and characters per definition, long lines, folders, words of
 prose.
 
-    python tools/figures.py [CHECKOUT]    # another checkout may be compared, such as an older commit's
+    python tools/figures.py [CHECKOUT]    # this one, or another, such as an older commit's
 """
 import ast
 import json
@@ -25,19 +25,22 @@ def definitions(source: str) -> list[str]:
             waiting.extend(node.body)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found.append("\n".join(line for line in lines[first - 1:node.end_lineno] if line.strip()))
+            inside = lines[first - 1:node.end_lineno]
+            found.append("\n".join(line for line in inside if line.strip()))
     return found
 
 
 def quantiles(numbers: list[int]) -> str:
     """Median, nine in ten, largest."""
     ordered = sorted(numbers)
-    return f"{statistics.median(ordered):g} / {ordered[int(0.9 * (len(ordered) - 1))]} / {ordered[-1]}"
+    nine_in_ten = ordered[int(0.9 * (len(ordered) - 1))]
+    return f"{statistics.median(ordered):g} / {nine_in_ten} / {ordered[-1]}"
 
 
 def shared_lines(source: str) -> int:
     """Lines on which more than one statement begins."""
-    starts = Counter(node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt))
+    nodes = ast.walk(ast.parse(source))
+    starts = Counter(node.lineno for node in nodes if isinstance(node, ast.stmt))
     return sum(n > 1 for n in starts.values())
 
 
@@ -47,11 +50,13 @@ def code_figures(root: Path) -> list[str]:
     found = [d for s in sources for d in definitions(s)]
     long = sum(len(line) > 100 for line in lines) / len(lines)
     several = sum(map(shared_lines, sources)) / len(lines)
-    semicolons = sum(len(re.findall(r";\s*\S", line.split("#")[0])) > 0 and '"' not in line for line in lines)
+    plain = [line.split("#")[0] for line in lines if '"' not in line]
+    semicolons = sum(bool(re.search(r";\s*\S", line)) for line in plain)
+    sizes = quantiles([d.count("\n") + 1 for d in found])
     return [
         f"lines: {len(lines):,} in {len(sources)} modules; {long:.1%} over 100 characters",
         f"lines with several statements: {several:.1%}; with a semicolon: {semicolons}",
-        f"{len(found):,} definitions, lines each (median / 90% / most): {quantiles([d.count(chr(10)) + 1 for d in found])}",
+        f"{len(found):,} definitions, lines each (median / 90% / most): {sizes}",
         f"characters each: {quantiles([len(d) for d in found])}",
     ]
 
@@ -76,10 +81,13 @@ def prose_figures(root: Path) -> list[str]:
             counts.append(len(text.split()))
             words += len(text.split())
             address += len(re.findall(r"\b(?:we|you|our|your|us)\b", text, re.I))
-            sentences += [len(s.split()) for s in re.split(r"(?<=[.:!?])\s", text) if len(s.split()) > 2]
+            lengths = [len(s.split()) for s in re.split(r"(?<=[.:!?])\s", text)]
+            sentences += [n for n in lengths if n > 2]
     return [
-        f"prose: {words:,} words; words per markdown cell: {quantiles(counts)}; per sentence: {quantiles(sentences)}",
-        f"'we' and 'you' per 1,000 words: {1000 * address / words:.1f}; most cells in a notebook: {most}",
+        f"prose: {words:,} words; words per markdown cell: {quantiles(counts)}; "
+        f"per sentence: {quantiles(sentences)}",
+        f"'we' and 'you' per 1,000 words: {1000 * address / words:.1f}; "
+        f"most cells in a notebook: {most}",
         f"README: {(root / 'README.md').stat().st_size / 1024:.1f} KB",
     ]
 

@@ -78,7 +78,8 @@ def upward_imports(graph: dict[str, set[str]], numbers: dict[str, int]) -> list[
     """Imports from a room with a higher number."""
     def room(module: str) -> int: return numbers[module.split(".")[0]]
 
-    return [f"{a} imports {b}" for a in sorted(graph) for b in sorted(graph[a]) if room(b) > room(a)]
+    pairs = [(a, b) for a in sorted(graph) for b in sorted(graph[a])]
+    return [f"{a} imports {b}" for a, b in pairs if room(b) > room(a)]
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
@@ -106,7 +107,10 @@ def import_problems() -> list[str]:
 def notebooks() -> list[Path]:
     """Every notebook of the project."""
     found = sorted((ROOT / "nbs").rglob("*.ipynb"))
-    return [p for p in found if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)]
+    def hidden(path: Path) -> bool:
+        return any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)
+
+    return [path for path in found if not hidden(path)]
 
 
 def cells(notebook: Path) -> list[tuple[str, str]]:
@@ -127,7 +131,8 @@ def size_problems() -> list[str]:
             found.append(f"{where}: the name begins with a number and a letter")
     for folder, inside in folders.items():
         if len(inside) > MOST_NOTEBOOKS:
-            found.append(f"{folder.relative_to(ROOT)}: {len(inside)} notebooks, at most {MOST_NOTEBOOKS}")
+            where = folder.relative_to(ROOT)
+            found.append(f"{where}: {len(inside)} notebooks, at most {MOST_NOTEBOOKS}")
     return found
 
 

@@ -22,8 +22,8 @@ from medmcqa_lora.bench.run import run_variant
 from medmcqa_lora.bench.tables import plot_kernels
 from medmcqa_lora.bench.variants import (
     VARIANTS,
-    Workload,
     Variant,
+    Workload,
     cut_model,
     examples_per_step,
     make_lengths,
@@ -199,7 +199,8 @@ def test_no_room_for_random_weights(tmp_path):
         )
     assert (
         str(e.value)
-        == f"random weights in files need 58.8 GiB and the disk of {tmp_path} has 1 GiB free; set TMPDIR to a folder on a larger one"
+        == f"random weights in files need 58.8 GiB and the disk of {tmp_path} has 1 GiB free; "
+        "set TMPDIR to a folder on a larger one"
     )
 
 

@@ -19,8 +19,14 @@ from medmcqa_lora.core.recipe_files import load_recipe
 
 NOTEBOOKS = build_docs.notebooks() if ALL else ["1_data/questions.ipynb", "runs/train.ipynb"]
 SHOTS = ROOT / "_runs/jupyterlab"  # to be looked at; not committed
-READY = "() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-CELLS = "jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells.filter(c => c.cell_type === 'code' && `${c.source}`.trim())"
+READY = """() => {
+  const session = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session;
+  return session?.kernel?.status === 'idle';
+}"""
+CELLS = (
+    "jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
+    ".filter(c => c.cell_type === 'code' && `${c.source}`.trim())"
+)
 FINISHED = f"""() => {CELLS}.some(c => c.outputs.some(o => o.output_type === 'error'))
     || ({READY})() && {CELLS}.every(c => c.execution_count)"""
 
@@ -102,7 +108,8 @@ def test_run_all_cells(notebook, lab, browser):
     page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
     page.wait_for_timeout(1000)
     bottom = page.evaluate(
-        "[...document.querySelectorAll('.jp-Notebook .jp-Cell')].at(-1).getBoundingClientRect().bottom"
+        "[...document.querySelectorAll('.jp-Notebook .jp-Cell')].at(-1)"
+        ".getBoundingClientRect().bottom"
     )
     page.set_viewport_size({"width": 1300, "height": min(12_000, int(bottom) + 60)})
     SHOTS.mkdir(parents=True, exist_ok=True)

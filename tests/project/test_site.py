@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import ALL, ROOT
 
-# In `make test` the site's notebooks have been executed by test_notebooks.py; this file alone shows them without outputs
+# In `make test` the site's notebooks have been executed by test_notebooks.py;
+# this file alone shows them without outputs
 NOT_HERE = (
     frozenset()
     if ALL
@@ -25,7 +26,8 @@ LOOK = """() => ({
     ids: [...document.querySelectorAll('[id]')].map(e => e.id),
     links: [...document.querySelectorAll('a[href]')].map(a => a.href),
     images: document.images.length,
-    missing: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99)),
+    missing: [...document.images].filter(i => !i.complete || !i.naturalWidth)
+        .map(i => i.src.slice(0, 99)),
 })"""
 
 
