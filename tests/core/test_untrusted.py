@@ -60,7 +60,10 @@ def test_a_link_to_nowhere(tmp_path):
     assert path_trick(tmp_path / "link") == ""
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", ".", "..", "", 3, None, "x\0", "~x"])
+NAMES = ["../x", "/etc/passwd", "a/b", ".", "..", "", 3, None, "x\0", "~x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_no_file_beside_the_index(name, tmp_path):
     with pytest.raises(ValueError, match="which is not a file beside it; copy it again"):
         file_beside(tmp_path / "index.json", name)
@@ -69,7 +72,7 @@ def test_a_name_that_is_no_file_beside_the_index(name, tmp_path):
 @pytest.mark.parametrize("values, what", [
     (dict(layer_types=["attention"] * 2000), r"2,000 blocks \(layer_types\)"),
     (dict(hybrid_override_pattern="M" * 1001), r"1,001 blocks \(hybrid_override_pattern\)"),
-    (dict(num_hidden_layers=10**9), r"1,000,000,000 blocks \(num_hidden_layers\), beyond any model"),
+    (dict(num_hidden_layers=10**9), r"1,000,000,000 blocks \(num_hidden_layers\), beyond any"),
     (dict(_attn_implementation="someone/kernel"), "would fetch a kernel and run it"),
 ])
 def test_a_model_configuration_that_does_harm(values, what, tmp_path):
