@@ -112,7 +112,7 @@ class TrainKeys:
     gradient_accumulation_steps: Positive[int] = 1  # micro-batches per optimizer step
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     max_grad_norm: NotNegative[float] = 1.0  # gradient clipping; 0: none
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Literal["stop", "skip"] = "stop"  # stop the run, or leave the step out
     # of data order, initial adapter and dropout; NumPy takes 32 bits
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
 
