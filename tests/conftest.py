@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests skip, and say so, where real rows or the small model are not to be had."""
+"""Shared fixtures. Tests skip, and say so, where real rows or the small model are not there."""
 import os
 import random
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may ask a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # make test runs two files at a time; what they start inherits it
+# `make test` runs two files at a time; the processes they start inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -15,6 +16,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import pytest  # noqa: E402
 
 ALL = bool(os.environ.get("MEDMCQA_TEST_ALL"))  # make test-all: every repetition
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_FLAGS = (
+    "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync",
+)
 
 
 def sampled(cases, n, seed=0):
@@ -24,6 +31,7 @@ def sampled(cases, n, seed=0):
 
 
 def real_rows(name: str) -> Path:
+    """A file of real MedMCQA rows; skips the test where it is not there."""
     if not (REAL / name).exists():
         pytest.skip("real MedMCQA rows are not here (../shared/data)")
     return REAL / name
@@ -51,7 +59,7 @@ def smollm2() -> str:
 
 @pytest.fixture
 def one_thread():
-    """Sharing out small matrices slows them down, on a busy machine many times over."""
+    """Dividing small matrices among threads slows them down, on a busy machine many times over."""
     import torch
 
     threads = torch.get_num_threads()
@@ -63,13 +71,15 @@ def one_thread():
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, the installed one: playwright's own is not downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+    missing = "playwright is not installed (extra dev)"
+    playwright = pytest.importorskip("playwright.sync_api", reason=missing)
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not path:
         pytest.skip("no Chromium here: apt-get install chromium")
-    flags = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+    flags = [f"--{flag}" for flag in BROWSER_FLAGS]
     with playwright.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=path, headless=True, args=[f"--{f}" for f in flags])  # with a fresh profile
+        # with a fresh profile
+        started = p.chromium.launch(executable_path=path, headless=True, args=flags)
         yield started
         started.close()
 
@@ -95,13 +105,20 @@ def cli(capsys):
 def processes_with(mark: str) -> list[str]:
     """Command lines of live processes whose environment or command line holds `mark`."""
     found = []
-    for proc in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int(proc.name) == os.getpid() or "Z" in (proc / "stat").read_text().rpartition(")")[2].split()[0]:
+            if int(process.name) == os.getpid() or is_zombie(process):
                 continue
-            held = (proc / "environ").read_bytes() + (proc / "cmdline").read_bytes()
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes()
         except (OSError, ValueError):
             continue
-        if mark.encode() in held:
-            found.append(f"{proc.name}: {(proc / 'cmdline').read_bytes().decode(errors='replace')}")
+        if mark.encode() in environment + command:
+            found.append(f"{process.name}: {command.decode(errors='replace')}")
     return found
+
+
+def is_zombie(process: Path) -> bool:
+    """Whether a process in /proc has ended and only waits for its parent."""
+    after_name = (process / "stat").read_text().rpartition(")")[2]
+    return "Z" in after_name.split()[0]

@@ -9,6 +9,7 @@ import re
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import Parameter, formatannotation, isclass
+from typing import get_type_hints
 
 from fastcore.docments import DocmentTbl, docments
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -43,7 +44,9 @@ def table(sym) -> str:
         for name, text in (docments(base) if is_dataclass(base) else {}).items():
             if text and name in made.dm:
                 made.dm[name].docment = text
-    for p in made.dm.values():
+    plain = get_type_hints(sym) if is_dataclass(sym) else {}  # types without pydantic's bounds
+    for name, p in made.dm.items():
+        p.anno = plain.get(name, p.anno)
         p.anno = p.anno if p.anno is EMPTY else f"`{short(formatannotation(p.anno))}`"
         p.default = p.default if p.default is EMPTY else f"`{p.default!r}`"
     return made._repr_markdown_()

@@ -1,4 +1,4 @@
-"""What both fuzzers share: a file in memory, and what an answer must be."""
+"""What both fuzzers share: a folder for their files, and what a message must be."""
 import sys
 import tempfile
 from pathlib import Path
@@ -8,13 +8,14 @@ sys.path.insert(0, str(ROOT))
 
 
 def scratch() -> Path:
-    """A folder for a file a run; libFuzzer ends without cleaning up, so run.py gives a TMPDIR that it removes."""
+    """A folder for a run's file; libFuzzer deletes nothing, so run.py gives a TMPDIR and does."""
     return Path(tempfile.mkdtemp(prefix="medmcqa-fuzz-"))
 
 
 def check_message(e: ValueError, *names: str):
-    """A user's error as it is shown: one line of readable length that names the file or the key, without control characters."""
-    from medmcqa_lora.cli import one_line
+    """A user's error is one printable line of readable length that names the file or a key."""
+    from medmcqa_lora.cli import error_line
 
-    text = one_line(e)
-    assert any(n in text for n in names) and text.isprintable() and len(text) < 2000, text[:300]
+    text = error_line(e)
+    assert any(name in text for name in names), text[:300]
+    assert text.isprintable() and len(text) < 2000, text[:300]

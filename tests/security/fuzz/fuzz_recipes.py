@@ -1,6 +1,11 @@
-"""Coverage-guided fuzzing of the recipe loader: whatever an .ini file and -p hold, it gives a checked recipe that papermill carries unchanged, or a RecipeError of one line.
+"""Coverage-guided fuzzing of the recipe loader.
 
-    .venv/bin/python tests/security/fuzz/fuzz_recipes.py -max_total_time=600 CORPUS     (needs the extra fuzz; `make fuzz` does both loaders)
+Whatever an .ini file and -p hold, the loader gives a checked recipe that papermill carries
+unchanged, or a RecipeError of one line.
+
+    .venv/bin/python tests/security/fuzz/fuzz_recipes.py -max_total_time=600 CORPUS
+
+It needs the extra fuzz; `make fuzz` runs both loaders.
 """
 import ast
 import sys
@@ -13,15 +18,18 @@ with atheris.instrument_imports(include=["medmcqa_lora", "configparser"]):
     from medmcqa_lora.core import recipe, recipe_files
 from papermill.translators import PythonTranslator
 
-FILE, TYPES = scratch() / "mine.ini", recipe.recipe_types()
+FILE = scratch() / "mine.ini"
+TYPES = recipe.recipe_types()
 
 
 def one(content: bytes):
-    cut = content.find(b"\0")  # what follows a NUL stands behind -p, with NULs between
-    FILE.write_bytes(content if cut < 0 else content[:cut])
-    words = content[cut + 1:].decode("utf-8", "surrogateescape").split("\0") if cut >= 0 else []
+    """Load a file, with overrides after the first NUL and between further ones."""
+    ini, _, after = content.partition(b"\0")
+    FILE.write_bytes(ini)
+    words = after.decode("utf-8", "surrogateescape").split("\0") if b"\0" in content else []
+    overrides = dict(word.partition("=")[::2] for word in words)
     try:
-        found = recipe_files.load_recipe(str(FILE), dict(w.partition("=")[::2] for w in words))
+        found = recipe_files.load_recipe(str(FILE), overrides)
     except recipe.RecipeError as e:
         return check_message(e, FILE.name, "-p", *TYPES)
     values = asdict(found)

@@ -1,6 +1,10 @@
-"""Coverage-guided fuzzing of the row loader: whatever bytes a file holds, it gives questions or a ValueError of one line.
+"""Coverage-guided fuzzing of the row loader.
 
-    .venv/bin/python tests/security/fuzz/fuzz_rows.py -max_total_time=600 CORPUS     (needs the extra fuzz; `make fuzz` does both loaders)
+Whatever bytes a file holds, the loader gives questions or a ValueError of one line.
+
+    .venv/bin/python tests/security/fuzz/fuzz_rows.py -max_total_time=600 CORPUS
+
+It needs the extra fuzz; `make fuzz` runs both loaders.
 """
 import csv
 import io
@@ -16,22 +20,43 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-KEYS = ["question", "opa", "opb", "opc", "opd", "cop", "id", "subject_name", "choice_type", "exp", "split", "topic_name", "data", "explanation"]
-ODD = [None, True, False, "", "A", "d", "-1", "2.0", "nan", " B ", "1e400", float("inf"), 10**400]
-TRICKS = ["a\0b", "\x1b[31m", "<script>", "\ud800", "\u202e", "\u2028", "$\\x$", "=1+1", "Question:", "\nAnswer: A"]
+KEYS = [
+    "question", "opa", "opb", "opc", "opd", "cop", "id", "subject_name", "choice_type", "exp",
+    "split", "topic_name", "data", "explanation",
+]
+INNER_KEYS = ["Question", "Options", "Correct Option", "A", "B", "C", "D", "x"]
+ODD = [
+    None, True, False, "", "A", "d", "-1", "2.0", "nan", " B ", "1e400", float("inf"), 10**400,
+]
+TRICKS = [
+    "a\0b", "\x1b[31m", "<script>", "\ud800", "\u202e", "\u2028", "$\\x$", "=1+1", "Question:",
+    "\nAnswer: A",
+]
 PLACE = scratch()
 
 
 def value(fdp, depth=0):
+    """A value as JSON has it: a text, a number, something odd, an object or a list."""
     kind = fdp.ConsumeIntInRange(0, 11 if depth < 3 else 7)
-    simple = {3: lambda: fdp.ConsumeIntInRange(-2, 6), 4: fdp.ConsumeFloat, 5: lambda: fdp.ConsumeInt(16), 6: lambda: fdp.PickValueInList(ODD), 7: lambda: fdp.PickValueInList(TRICKS)}
     if kind < 3:
         return fdp.ConsumeUnicode(fdp.ConsumeIntInRange(0, 24))
-    if kind in simple:
-        return simple[kind]()
+    if kind < 8:
+        return simple_value(fdp, kind)
     if kind < 10:
-        return {fdp.PickValueInList(["Question", "Options", "Correct Option", "A", "B", "C", "D", "x"]): value(fdp, depth + 1) for _ in range(fdp.ConsumeIntInRange(0, 5))}
+        size = fdp.ConsumeIntInRange(0, 5)
+        return {fdp.PickValueInList(INNER_KEYS): value(fdp, depth + 1) for _ in range(size)}
     return [value(fdp, depth + 1) for _ in range(fdp.ConsumeIntInRange(0, 3))]
+
+
+def simple_value(fdp, kind: int):
+    """A number, or one of the texts and values that broke something once."""
+    if kind == 3:
+        return fdp.ConsumeIntInRange(-2, 6)
+    if kind == 4:
+        return fdp.ConsumeFloat()
+    if kind == 5:
+        return fdp.ConsumeInt(16)
+    return fdp.PickValueInList(ODD if kind == 6 else TRICKS)
 
 
 def record(fdp) -> dict:
@@ -48,37 +73,56 @@ def record(fdp) -> dict:
 
 def as_file(rows: list[dict], suffix: str) -> bytes:
     """Such rows as a file of that kind; b"" where it can't hold them."""
-    if suffix in (".json", ".jsonl"):
-        return (json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))).encode()
+    if suffix == ".json":
+        return json.dumps(rows).encode()
+    if suffix == ".jsonl":
+        return "\n".join(map(json.dumps, rows)).encode()
     try:
-        if suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), sink := io.BytesIO())
-            return sink.getvalue()
-        writer = csv.DictWriter(text := io.StringIO(), sorted({k for r in rows for k in r}))
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode("utf-8", "surrogatepass")
+        return as_parquet(rows) if suffix == ".parquet" else as_csv(rows)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError):
         return b""
 
 
+def as_parquet(rows: list[dict]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, sorted({key for row in rows for key in row}))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogatepass")
+
+
 def one(content: bytes):
-    suffix, raw = SUFFIXES[content[0] % 4] if content else ".jsonl", content[1:]
+    """Load a file; the first byte chooses its format, and with 4 added the rest becomes rows."""
+    suffix = SUFFIXES[content[0] % 4] if content else ".jsonl"
+    raw = content[1:]
     if content and content[0] & 4:
         fdp = atheris.FuzzedDataProvider(raw)
         raw = as_file([record(fdp) for _ in range(fdp.ConsumeIntInRange(1, 4))], suffix)
     file = PLACE / f"rows{suffix}"
     file.write_bytes(raw)
+    base = ("auto", "0", "1")[len(content) % 3]
     try:
-        loaded = questions.load_questions(str(file), label_base=("auto", "0", "1")[len(content) % 3])
+        loaded = questions.load_questions(str(file), label_base=base)
     except ValueError as e:
         return check_message(e, file.name)
+    check_usable(loaded)
+
+
+def check_usable(loaded):
+    """Questions can be rendered, written, counted and compared."""
     for q in loaded.questions[:8]:
         for style in ("plain", "lm_eval"):
             assert prompts.render_prompt(q, style).encode()
         assert q.answer in (0, 1, 2, 3) and all(q.options) and questions.identity(q)
         json.dumps(q.id, ensure_ascii=False).encode()
-    assert questions.describe(loaded.problems).isprintable() and len({q.id for q in loaded.questions}) == len(loaded.questions)
+    assert questions.describe(loaded.problems).isprintable()
+    assert len({q.id for q in loaded.questions}) == len(loaded.questions)
     questions.fingerprint(loaded.questions)
     leakage.drop_overlaps(loaded.questions[:20], loaded.questions[20:40], "near")
     explore.to_frame(loaded.questions)
