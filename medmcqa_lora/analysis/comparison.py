@@ -8,10 +8,10 @@ __all__ = ['Comparison', 'compare_evaluations', 'verdict', 'comparison_table', '
 # %% ../../nbs/6_analysis/comparison.ipynb #57aa5fa0
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import numpy as np
 from ..core.files import save_figure, write_json, write_whole
-from ..evaluation.statistics import mcnemar, paired_interval, wilson
+from ..core.text import markdown_table
 from ..evaluation.records import read_evaluation
+from ..evaluation.statistics import mcnemar, paired_interval, wilson
 from ..evaluation.summary import plot_by_subject, plot_letters, view_rows
 
 # %% ../../nbs/6_analysis/comparison.ipynb #762b959f
@@ -32,55 +32,94 @@ class Comparison:
     def difference(self) -> float: return self.tuned - self.base  # share
 
 # %% ../../nbs/6_analysis/comparison.ipynb #dbfb8438
+def _check_same_questions(before: dict, after: dict, # id -> prediction
+                          base: dict, tuned: dict, # summaries
+                          folders: str # for the message
+                         ) -> None:
+    "Raises `ValueError` unless two evaluations are of the same questions."
+    unpaired = sorted(before.keys() ^ after.keys())
+    if unpaired:
+        raise ValueError(f"{folders}: different questions ({len(unpaired)} in one only, "
+                         f"first {unpaired[0]}); evaluate both on the same rows")
+    if base["data_sha256"] != tuned["data_sha256"]:
+        raise ValueError(f"{folders}: same ids, but questions or answers differ; "
+                         "evaluate both on the same rows")
+
 def compare_evaluations(base_dir: Path, # a finished evaluation's folder
                         tuned_dir: Path # another, of the same questions
                        ) -> Comparison: # question by question
     "Compare two evaluations; raises `ValueError` unless they are of the same questions."
-    (base, base_summary), (tuned, tuned_summary) = read_evaluation(base_dir), read_evaluation(tuned_dir)
-    before, after = ({p["id"]: p for p in ps} for ps in (base, tuned))
-    apart = sorted(before.keys() ^ after.keys())
-    if apart: raise ValueError(f"{base_dir} and {tuned_dir}: different questions ({len(apart)} in one only, first {apart[0]}); evaluate both on the same rows")
-    if base_summary["data_sha256"] != tuned_summary["data_sha256"]: raise ValueError(f"{base_dir} and {tuned_dir}: same ids, but questions or answers differ; evaluate both on the same rows")
-    changes = np.array([int(after[i]["correct"]) - int(before[i]["correct"]) for i in before])
-    gained, lost = int((changes == 1).sum()), int((changes == -1).sum())
-    return Comparison(len(changes), base_summary["accuracy"], tuned_summary["accuracy"], gained, lost, mcnemar(gained, lost), paired_interval(gained, lost, len(changes)),
-                      base_summary["majority_baseline"], [base_summary["letter_mass"], tuned_summary["letter_mass"]])
+    base_predictions, base = read_evaluation(base_dir)
+    tuned_predictions, tuned = read_evaluation(tuned_dir)
+    before = {p["id"]: p for p in base_predictions}
+    after = {p["id"]: p for p in tuned_predictions}
+    _check_same_questions(before, after, base, tuned, f"{base_dir} and {tuned_dir}")
+    n = len(before)
+    gained = sum(after[i]["correct"] and not before[i]["correct"] for i in before)
+    lost = sum(before[i]["correct"] and not after[i]["correct"] for i in before)
+    return Comparison(
+        n=n, base=base["accuracy"], tuned=tuned["accuracy"], gained=gained, lost=lost,
+        p_value=mcnemar(gained, lost), difference_ci95=paired_interval(gained, lost, n),
+        majority_baseline=base["majority_baseline"],
+        letter_mass=[base["letter_mass"], tuned["letter_mass"]],
+    )
 
 # %% ../../nbs/6_analysis/comparison.ipynb #0c93e8cc
+def _difference_in_words(c: Comparison) -> str: # a sentence
+    low, high = c.difference_ci95
+    interval = f"95% interval {low * 100:+.1f} to {high * 100:+.1f}"
+    size = (f"{c.difference * 100:+.1f} points ({interval}, n = {c.n:,}, "
+            f"exact McNemar p = {c.p_value:.2g})")
+    if c.p_value >= 0.05: return f"No difference that {c.n:,} questions could show: {size}."
+    return f"The tuned model is {'better' if c.difference > 0 else 'worse'}: {size}."
+
+def _baseline_in_words(c: Comparison) -> str: # a sentence
+    low, high = wilson(round(c.tuned * c.n), c.n)
+    place = "not distinguishable from"
+    if low > c.majority_baseline: place = "above"
+    elif high < c.majority_baseline: place = "below"
+    return (f"Always giving one letter scores {c.majority_baseline:.1%}; "
+            f"the tuned model is {place} that.")
+
 def verdict(c: Comparison) -> str: # two or three sentences
     "What a comparison shows, in plain words."
-    size = f"{c.difference * 100:+.1f} points (95% interval {c.difference_ci95[0] * 100:+.1f} to {c.difference_ci95[1] * 100:+.1f}, n = {c.n:,}, exact McNemar p = {c.p_value:.2g})"
-    if c.p_value < 0.05: first = f"The tuned model is {'better' if c.difference > 0 else 'worse'}: {size}."
-    else: first = f"No difference that {c.n:,} questions could show: {size}."
-    floor = f"Always giving one letter scores {c.majority_baseline:.1%}"
-    low, high = wilson(round(c.tuned * c.n), c.n)
-    place = "above" if low > c.majority_baseline else "below" if high < c.majority_baseline else "not distinguishable from"
-    second = f"{floor}; the tuned model is {place} that."
-    moved = c.letter_mass[1] - c.letter_mass[0] > 0.1
-    third = f" Probability on the four letters went from {c.letter_mass[0]:.2f} to {c.letter_mass[1]:.2f}: the answer's format was learnt." if moved else ""
-    return f"{first} {second}{third}"
+    sentences = [_difference_in_words(c), _baseline_in_words(c)]
+    before, after = c.letter_mass
+    if after - before > 0.1:
+        sentences.append(f"Probability on the four letters went from {before:.2f} to {after:.2f}: "
+                         "the answer's format was learnt.")
+    return " ".join(sentences)
 
 # %% ../../nbs/6_analysis/comparison.ipynb #e5351705
 def comparison_table(c: Comparison, base: dict, tuned: dict) -> str: # a Markdown table
-    "Accuracy of both models with intervals, beside the baseline; a further view's rows where both have it."
-    def row(name, s, format): return f"| {name} | {s['accuracy']:.2%} | {s['ci95'][0]:.2%} to {s['ci95'][1]:.2%} | {format} |"
+    "Accuracy of both models with intervals, beside the baseline."
+    model = f"model (n = {c.n:,})"
+    rows = [{model: "always one letter", "accuracy": f"{c.majority_baseline:.2%}"}]
     before, after = view_rows(base), view_rows(tuned)
-    both = [(f"{name}, {view}", *rows[view]) for view in before if view in after for name, rows in (("base", before), ("tuned", after))]
-    return "\n".join([f"| model (n = {c.n:,}) | accuracy | 95% interval | format |", "|---|---|---|---|", f"| always one letter | {c.majority_baseline:.2%} | | |",
-                      *(row(name, s, note) for name, s, note in both)])
+    for view in before:
+        if view not in after: continue
+        for name, (s, note) in (("base", before[view]), ("tuned", after[view])):
+            low, high = s["ci95"]
+            rows.append({model: f"{name}, {view}", "accuracy": f"{s['accuracy']:.2%}",
+                         "95% interval": f"{low:.2%} to {high:.2%}", "format": note})
+    return markdown_table(rows, empty_columns=True)
 
 # %% ../../nbs/6_analysis/comparison.ipynb #ab201d84
-def write_comparison(base_dir: Path, tuned_dir: Path, out: Path | None = None # folder for comparison.json, comparison.md and figures
+def write_comparison(base_dir: Path, tuned_dir: Path,
+                     out: Path | None = None # folder for comparison.json, comparison.md, figures
                     ) -> str: # Markdown: table and verdict
     "Compare two evaluations and, if `out` is given, write the comparison and its figures there."
     c = compare_evaluations(base_dir, tuned_dir)
-    (before, base), (after, tuned) = read_evaluation(base_dir), read_evaluation(tuned_dir)
+    before, base = read_evaluation(base_dir)
+    after, tuned = read_evaluation(tuned_dir)
     text = f"{comparison_table(c, base, tuned)}\n\n{verdict(c)}\n"
     if out is None: return text
-    by_subject, letters = plot_by_subject({"base": base, "tuned": tuned}), plot_letters({"base": before, "tuned": after})
+    by_subject = plot_by_subject({"base": base, "tuned": tuned})
+    letters = plot_letters({"base": before, "tuned": after})
     out.mkdir(parents=True, exist_ok=True)
     save_figure(by_subject, out / "figures/by_subject.png")
     save_figure(letters, out / "figures/letters.png")
     write_whole(out / "comparison.md", text)
-    write_json(out / "comparison.json", asdict(c) | dict(difference=round(c.difference, 6), verdict=verdict(c)))
+    result = asdict(c) | dict(difference=round(c.difference, 6), verdict=verdict(c))
+    write_json(out / "comparison.json", result)
     return text

@@ -4,66 +4,90 @@
 
 # %% auto #0
 __all__ = ['AS_IT_IS', 'NO_PRIOR', 'RULES', 'remove_prior', 'correct_by_id', 'letter_logprobs_of', 'read_reference',
-           'read_options', 'Answers', 'read_answers', 'resampled_parts', 'paired_p', 'format_p', 'rest_p', 'Split',
+           'read_options', 'Answers', 'read_answers', 'resampled_parts', 'paired_p', 'format_p', 'rest_p', 'GainSplit',
            'split_gain', 'shown', 'gain_verdict', 'subject_gains']
 
 # %% ../../nbs/6_analysis/gain.ipynb #8dd9bf04
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core.files import read_lines
 from ..data.schemas import LETTERS
+from ..evaluation.records import read_evaluation, whole_prediction
 from medmcqa_lora.evaluation.statistics import (
     bootstrap_intervals, holm, mcnemar, paired_interval, smallest_difference,
 )
-from ..evaluation.records import read_evaluation, whole_prediction
 from .comparison import compare_evaluations
 
 # %% ../../nbs/6_analysis/gain.ipynb #25c20c1c
 def remove_prior(logprobs: np.ndarray # (..., n, 4) natural logarithms
                 ) -> np.ndarray: # (..., n) indices of letters
-    "The likeliest letters once each letter's mean log-probability over the n questions is subtracted."
+    "The likeliest letters after subtracting each letter's mean log-probability over n questions."
     return (logprobs - logprobs.mean(-2, keepdims=True)).argmax(-1)
 
 # %% ../../nbs/6_analysis/gain.ipynb #7410ebdd
 def correct_by_id(lines: list[dict], # predictions
                   file: Path # they were read from
                  ) -> dict[str, bool]:
-    "Whether each question was answered correctly; raises `ValueError` if an id stands there twice."
+    "Whether each question was answered correctly; raises `ValueError` if an id is repeated."
     found = {p["id"]: p["correct"] for p in lines}
-    if len(found) < len(lines): raise ValueError(f"{file}: {len(lines) - len(found)} lines have an id that stands there already; evaluate again")
+    if len(found) < len(lines):
+        raise ValueError(f"{file}: {len(lines) - len(found)} lines have an id that stands there "
+                         "already; evaluate again")
     return found
 
 # %% ../../nbs/6_analysis/gain.ipynb #7ac2b4ba
+def _has_letter_logprobs(p: dict) -> bool:
+    found = p.get("logprobs")
+    return isinstance(found, dict) and all(isinstance(found.get(c), (int, float)) for c in LETTERS)
+
 def letter_logprobs_of(lines: list[dict], # predictions
                        file: Path # they were read from
-                      ) -> np.ndarray | None: # (n, 4); none: not all have them
+                      ) -> np.ndarray | None: # (n, 4); None: not all have them
     "The letters' log-probabilities; raises `ValueError` where one is not finite."
-    values = [p.get("logprobs") for p in lines]
-    if not all(isinstance(v, dict) and all(isinstance(v.get(c), (int, float)) for c in LETTERS) for v in values): return None
-    found = np.array([[v[c] for c in LETTERS] for v in values], np.float64)
-    if not np.isfinite(found).all(): raise ValueError(f"{file}: question {lines[int(np.isfinite(found).all(1).argmin())]['id']} has log-probabilities that are not finite; evaluate again")
+    if not all(map(_has_letter_logprobs, lines)): return None
+    found = np.array([[p["logprobs"][c] for c in LETTERS] for p in lines], np.float64)
+    finite = np.isfinite(found).all(1)
+    if not finite.all():
+        first = lines[int(finite.argmin())]["id"]
+        raise ValueError(f"{file}: question {first} has log-probabilities that are not finite; "
+                         "evaluate again")
     return found
 
 # %% ../../nbs/6_analysis/gain.ipynb #fa5b356f
-def read_reference(folder: Path, base: dict) -> dict[str, bool]: # id -> correct; `base`: the base's summary
-    "Another evaluation of the base model; raises `ValueError` if it is of another model or of other questions."
+def read_reference(folder: Path,
+                   base: dict # the base's summary
+                  ) -> dict[str, bool]: # id -> correct
+    "Another evaluation of the base; raises `ValueError` for another model or other questions."
     lines, summary = read_evaluation(folder)
     for key in ("model", "adapter"):
-        if summary.get(key) != base.get(key): raise ValueError(f"--format-reference {folder}: its {key} is {summary.get(key)!r}, the base's is {base.get(key)!r}; a reference is the same base model, asked otherwise")
-    if summary["data_sha256"] != base["data_sha256"]: raise ValueError(f"--format-reference {folder}: its questions are not the base's; evaluate both on the same rows")
+        if summary.get(key) != base.get(key):
+            raise ValueError(f"--format-reference {folder}: its {key} is {summary.get(key)!r}, "
+                             f"the base's is {base.get(key)!r}; "
+                             "a reference is the same base model, asked otherwise")
+    if summary["data_sha256"] != base["data_sha256"]:
+        raise ValueError(f"--format-reference {folder}: its questions are not the base's; "
+                         "evaluate both on the same rows")
     return correct_by_id(lines, folder / "predictions.jsonl")
 
 # %% ../../nbs/6_analysis/gain.ipynb #0eec596c
-def read_options(folder: Path # of the base's evaluation
-                ) -> dict[str, dict[str, bool]]: # way -> id -> correct; empty without the view
-    "The base's answers by the likelihood of the options' texts; raises `ValueError` for a line that isn't one."
-    lines, file = read_lines(folder / "options.jsonl"), folder / "options.jsonl"
-    if not file.exists(): return {}
+def _check_predictions(lines: list[dict], file: Path) -> None:
     for n, p in enumerate(lines, 1):
-        if not whole_prediction(p): raise ValueError(f"{file}: line {n} is not a prediction (id, subject, answer, prediction, correct); evaluate again")
+        if not whole_prediction(p):
+            raise ValueError(f"{file}: line {n} is not a prediction (id, subject, answer, "
+                             "prediction, correct); evaluate again")
+
+def read_options(folder: Path # of the base's evaluation
+                ) -> dict[str, dict[str, bool]]: # name -> id -> correct; empty without the records
+    "The base's answers by the options' likelihood; raises `ValueError` for a line that isn't one."
+    file = folder / "options.jsonl"
+    lines = read_lines(file)
+    if not file.exists(): return {}
+    _check_predictions(lines, file)
     found = {"options' likelihood, per byte": correct_by_id(lines, file)}
-    if all(isinstance(p.get("correct_sum"), bool) for p in lines): found["options' likelihood, summed"] = {p["id"]: p["correct_sum"] for p in lines}
+    if all(isinstance(p.get("correct_sum"), bool) for p in lines):
+        found["options' likelihood, summed"] = {p["id"]: p["correct_sum"] for p in lines}
     return found
 
 # %% ../../nbs/6_analysis/gain.ipynb #e71057b0
@@ -79,17 +103,44 @@ class Answers:
     logprobs: np.ndarray | None  # (n, 4) the base's letters, for the prior
 
 # %% ../../nbs/6_analysis/gain.ipynb #99b9c779
-def read_answers(base_dir: Path, tuned_dir: Path, references: tuple[Path, ...] = ()) -> Answers: # `references`: other evaluations of the base
-    "Two evaluations and the base's references in one order; raises `ValueError` unless all are of the same questions."
+def _read_references(base_dir: Path, summary: dict, # the base's
+                     folders: tuple[Path, ...]
+                    ) -> dict[str, dict[str, bool]]: # name -> id -> correct
+    found = read_options(base_dir)
+    counts = Counter(folder.name for folder in folders)
+    for folder in folders:
+        name = folder.name if counts[folder.name] == 1 else str(folder)
+        found[name] = read_reference(folder, summary)
+    return found
+
+def _in_order(by_id: dict[str, bool], # of one reference or model
+              base: dict[str, bool], # in whose order
+              name: str, base_dir: Path # for the message
+             ) -> np.ndarray: # (n,)
+    unpaired = sorted(by_id.keys() ^ base.keys())
+    if unpaired:
+        raise ValueError(f"{base_dir}: {len(unpaired)} questions are in one only of it and {name} "
+                         f"(first {unpaired[0]}); evaluate both on the same rows, to the end")
+    return np.array([by_id[i] for i in base], bool)
+
+def read_answers(base_dir: Path, tuned_dir: Path,
+                 references: tuple[Path, ...] = () # other evaluations of the base
+                ) -> Answers:
+    "Two evaluations and references; raises `ValueError` unless all are of the same questions."
     compare_evaluations(base_dir, tuned_dir)  # refuses what can't be compared
-    (lines, summary), (tuned_lines, _) = read_evaluation(base_dir), read_evaluation(tuned_dir)
-    base, tuned = correct_by_id(lines, base_dir / "predictions.jsonl"), correct_by_id(tuned_lines, tuned_dir / "predictions.jsonl")
-    found = read_options(base_dir) | {folder.name if [f.name for f in references].count(folder.name) == 1 else str(folder): read_reference(folder, summary) for folder in references}
-    for name, by_id in found.items():
-        if apart := sorted(by_id.keys() ^ base.keys()): raise ValueError(f"{base_dir}: {len(apart)} questions are in one only of it and {name} (first {apart[0]}); evaluate both on the same rows, to the end")
-    def ordered(by_id): return np.array([by_id[i] for i in base], bool)
-    return Answers([*base], [p["subject"] for p in lines], np.array([LETTERS.index(p["answer"]) for p in lines]), ordered(base), ordered(tuned),
-                   {name: ordered(by_id) for name, by_id in found.items()}, letter_logprobs_of(lines, base_dir / "predictions.jsonl"))
+    lines, summary = read_evaluation(base_dir)
+    tuned_lines, _ = read_evaluation(tuned_dir)
+    file = base_dir / "predictions.jsonl"
+    base = correct_by_id(lines, file)
+    tuned = correct_by_id(tuned_lines, tuned_dir / "predictions.jsonl")
+    found = _read_references(base_dir, summary, references)
+    return Answers(
+        ids=[*base], subjects=[p["subject"] for p in lines],
+        answer=np.array([LETTERS.index(p["answer"]) for p in lines]),
+        base=np.array([*base.values()], bool), tuned=np.array([tuned[i] for i in base], bool),
+        references={k: _in_order(by_id, base, k, base_dir) for k, by_id in found.items()},
+        logprobs=letter_logprobs_of(lines, file),
+    )
 
 # %% ../../nbs/6_analysis/gain.ipynb #6d27f0e4
 AS_IT_IS, NO_PRIOR = "as it is", "letter prior removed"
@@ -97,10 +148,12 @@ AS_IT_IS, NO_PRIOR = "as it is", "letter prior removed"
 def resampled_parts(a: Answers, # both models and the references
                     i: np.ndarray # (..., n) indices of questions
                    ) -> np.ndarray: # (3, ...) total, format and rest, shares
-    "The three differences on drawn questions, with the prior fitted and the best reference chosen on them."
+    "The three differences on drawn questions, with prior and best reference found on them."
     reached = [right[i].sum(-1) for right in (a.base, *a.references.values())]
-    if a.logprobs is not None: reached.append((remove_prior(a.logprobs[i]) == a.answer[i]).sum(-1))
-    best, base, tuned = np.max(reached, 0), reached[0], a.tuned[i].sum(-1)
+    if a.logprobs is not None:
+        without_prior = remove_prior(a.logprobs[i])
+        reached.append((without_prior == a.answer[i]).sum(-1))
+    base, best, tuned = reached[0], np.max(reached, 0), a.tuned[i].sum(-1)
     return np.stack([tuned - base, best - base, tuned - best]) / i.shape[-1]
 
 # %% ../../nbs/6_analysis/gain.ipynb #68461888
@@ -112,19 +165,23 @@ def paired_p(after: np.ndarray, before: np.ndarray) -> float: # (n,) each: right
 def format_p(base: np.ndarray, references: list[np.ndarray]) -> float: # (n,) each
     "The smallest Holm-corrected p-value of a reference that beats the base; 1 if none does."
     adjusted = holm([paired_p(r, base) for r in references])
-    return min([p for p, r in zip(adjusted, references) if r.sum() > base.sum()], default=1.0)
+    better = [p for p, r in zip(adjusted, references) if r.sum() > base.sum()]
+    return min(better, default=1.0)
 
 # %% ../../nbs/6_analysis/gain.ipynb #bb82f399
-def rest_p(tuned: np.ndarray, references: list[np.ndarray]) -> float: # (n,) each; the base is one of the references
-    "For a tuned model above all references the largest p-value; else the smallest Holm-corrected one of those above it."
+def rest_p(tuned: np.ndarray, # (n,)
+           references: list[np.ndarray] # (n,) each; the base is one of them
+          ) -> float:
+    "The largest p-value above all references; else the smallest Holm-corrected one below any."
     p_values = [paired_p(tuned, r) for r in references]
     if tuned.sum() > max(r.sum() for r in references): return max(p_values)
-    return min([p for p, r in zip(holm(p_values), references) if r.sum() > tuned.sum()], default=1.0)
+    worse = [p for p, r in zip(holm(p_values), references) if r.sum() > tuned.sum()]
+    return min(worse, default=1.0)
 
 # %% ../../nbs/6_analysis/gain.ipynb #5334b9f1
 @dataclass(frozen=True)
-class Split:
-    "A gain, taken apart."
+class GainSplit:
+    "A gain, split into format and the rest."
     n: int  # questions
     references: dict[str, float]  # the base's accuracy by the way it is asked; as it is, first
     best: str  # the reference that reaches most
@@ -140,14 +197,28 @@ class Split:
     rest_p: float  # against every reference
 
 # %% ../../nbs/6_analysis/gain.ipynb #b46fe532
-def split_gain(a: Answers) -> Split: # with intervals and p-values
-    "Split tuned − base into format and the rest."
-    right = {AS_IT_IS: a.base} | ({NO_PRIOR: remove_prior(a.logprobs) == a.answer} if a.logprobs is not None else {}) | a.references
-    n, reached = len(a.ids), {name: round(float(r.mean()), 6) for name, r in right.items()}
-    best, tuned, base = max(right, key=lambda name: right[name].sum()), round(float(a.tuned.mean()), 6), reached[AS_IT_IS]
-    intervals = bootstrap_intervals(lambda i, axis: resampled_parts(a, i), n) if n > 1 else [[-1.0, 1.0]] * 3
-    return Split(n, reached, best, tuned, tuned - base, reached[best] - base, tuned - reached[best], *intervals,
-                 paired_p(a.tuned, a.base), format_p(a.base, [*right.values()][1:]), rest_p(a.tuned, [*right.values()]))
+def _part_intervals(a: Answers) -> list[list[float]]: # total, format, rest: [low, high]
+    n = len(a.ids)
+    if n == 1: return [[-1.0, 1.0]] * 3  # can't be resampled: everything is possible
+    return bootstrap_intervals(lambda i, axis: resampled_parts(a, i), n)
+
+def split_gain(a: Answers) -> GainSplit: # with intervals and p-values
+    "GainSplit tuned − base into format and the rest."
+    right = {AS_IT_IS: a.base}
+    if a.logprobs is not None: right[NO_PRIOR] = remove_prior(a.logprobs) == a.answer
+    right |= a.references
+    accuracy = {name: round(float(r.mean()), 6) for name, r in right.items()}
+    best = max(right, key=lambda name: right[name].sum())
+    base, tuned = accuracy[AS_IT_IS], round(float(a.tuned.mean()), 6)
+    total_ci95, format_ci95, rest_ci95 = _part_intervals(a)
+    every = [*right.values()]
+    return GainSplit(
+        n=len(a.ids), references=accuracy, best=best, tuned=tuned,
+        total=tuned - base, format=accuracy[best] - base, rest=tuned - accuracy[best],
+        total_ci95=total_ci95, format_ci95=format_ci95, rest_ci95=rest_ci95,
+        total_p=paired_p(a.tuned, a.base), format_p=format_p(a.base, every[1:]),
+        rest_p=rest_p(a.tuned, every),
+    )
 
 # %% ../../nbs/6_analysis/gain.ipynb #af5e559d
 def shown(interval: list[float], # [low, high]
@@ -158,33 +229,69 @@ def shown(interval: list[float], # [low, high]
     return "more" if interval[0] > 0 else "less"
 
 # %% ../../nbs/6_analysis/gain.ipynb #eae831f9
+_NO_GAIN = "There is no gain to split"
+_WOULD_HAVE = (f"{_NO_GAIN}; mending the form of the base's answers would have given "
+               "{format} points ({best}).")
 RULES = [  # total, format, rest: what is said
-    ("more", "more", "more", "Both: {format} of {total} points are format, which the base reaches untrained ({best}), and {rest} go beyond it."),
-    ("more", "any", "less", "Mending the form alone gives more than tuning did: the base, {best}, is {below} points above the tuned model."),
-    ("more", "more", "open", "Format explains the gain, as far as {n} questions can tell: asked in another way, the base gains {format} points untrained ({best}), the tuned model {total}; the difference of {rest} is not distinguishable from nothing."),
-    ("more", "open", "more", "The gain goes beyond format: {rest} of {total} points are reached by no way of asking the base that was tried ({tried})."),
-    ("more", "open", "open", "There is a gain of {total} points, but {n} questions can't tell how much of it is format ({format}) and how much goes beyond ({rest})."),
-    ("less", "more", "any", "There is no gain to split; mending the form of the base's answers would have given {format} points ({best})."),
-    ("open", "more", "less", "There is no gain to split; mending the form of the base's answers would have given {format} points ({best})."),
-    ("any", "any", "any", "There is no gain to split."),
+    ("more", "more", "more",
+     "Both: {format} of {total} points are format, which the base reaches untrained ({best}), "
+     "and {rest} go beyond it."),
+    ("more", "any", "less",
+     "Mending the form alone gives more than tuning did: the base, {best}, is {below} points "
+     "above the tuned model."),
+    ("more", "more", "open",
+     "Format explains the gain, as far as {n} questions can tell: asked in another way, the base "
+     "gains {format} points untrained ({best}), the tuned model {total}; the difference of {rest} "
+     "is not distinguishable from nothing."),
+    ("more", "open", "more",
+     "The gain goes beyond format: {rest} of {total} points are reached by no way of asking the "
+     "base that was tried ({tried})."),
+    ("more", "open", "open",
+     "There is a gain of {total} points, but {n} questions can't tell how much of it is format "
+     "({format}) and how much goes beyond ({rest})."),
+    ("less", "more", "any", _WOULD_HAVE),
+    ("open", "more", "less", _WOULD_HAVE),
+    ("any", "any", "any", f"{_NO_GAIN}."),
 ]
 
 # %% ../../nbs/6_analysis/gain.ipynb #1a668a86
-def gain_verdict(s: Split) -> str: # one sentence
+def _rule_for(found: tuple[str, str, str]) -> tuple: # total, format, rest: more, less or open
+    for rule in RULES:
+        if all(wanted in ("any", word) for wanted, word in zip(rule, found)): return rule
+
+def gain_verdict(s: GainSplit) -> str: # one sentence
     "What a split shows, by the first of `RULES` that fits."
-    found = shown(s.total_ci95, s.total_p), shown(s.format_ci95, s.format_p), shown(s.rest_ci95, s.rest_p)
-    said = next(rule[3] for rule in RULES if all(want in ("any", is_) for want, is_ in zip(rule, found)))
+    found = (shown(s.total_ci95, s.total_p), shown(s.format_ci95, s.format_p),
+             shown(s.rest_ci95, s.rest_p))
     points = {k: f"{getattr(s, k) * 100:.1f}" for k in ("total", "format", "rest")}
-    return said.format(**points, below=f"{-s.rest * 100:.1f}", n=f"{s.n:,}", best=s.best, tried=", ".join(s.references))
+    return _rule_for(found)[3].format(
+        **points, below=f"{-s.rest * 100:.1f}", n=f"{s.n:,}", best=s.best,
+        tried=", ".join(s.references))
 
 # %% ../../nbs/6_analysis/gain.ipynb #bbef1ae1
-def subject_gains(a: Answers) -> pd.DataFrame: # subject, n, base, tuned, difference, low, high, gained, lost, p_value, p_holm, smallest; the largest n first
+def _subject_counts(a: Answers) -> pd.DataFrame: # subject, n, base, tuned, gained, lost: questions
+    counts = pd.DataFrame(dict(
+        subject=a.subjects, n=1, base=a.base, tuned=a.tuned,
+        gained=a.tuned & ~a.base, lost=a.base & ~a.tuned,
+    ))
+    table = counts.groupby("subject", as_index=False).sum()
+    return table.sort_values(["n", "subject"], ascending=[False, True], ignore_index=True)
+
+def subject_gains(a: Answers) -> pd.DataFrame: # a row per subject, the largest n first
     "Both models by subject, with Holm-corrected exact McNemar tests."
-    gained, lost = a.tuned & ~a.base, a.base & ~a.tuned
-    table = pd.DataFrame(dict(subject=a.subjects, n=1, base=a.base, tuned=a.tuned, gained=gained, lost=lost)).groupby("subject", as_index=False).sum()
-    table = table.sort_values(["n", "subject"], ascending=[False, True], ignore_index=True)
-    intervals, changed = [paired_interval(r.gained, r.lost, r.n) for r in table.itertuples()], (gained | lost).mean()
-    p_values = [mcnemar(r.gained, r.lost) for r in table.itertuples()]
-    return pd.DataFrame(dict(subject=table.subject, n=table.n, base=table.base / table.n, tuned=table.tuned / table.n, difference=(table.gained - table.lost) / table.n,
-                             low=[low for low, _ in intervals], high=[high for _, high in intervals], gained=table.gained, lost=table.lost,
-                             p_value=p_values, p_holm=holm(p_values), smallest=[smallest_difference(n, changed) for n in table.n])).round(dict.fromkeys(("base", "tuned", "difference", "low", "high", "smallest"), 6))
+    counts = _subject_counts(a)
+    rows = [*counts.itertuples()]
+    changed = (a.base != a.tuned).mean()  # share of all answers
+    intervals = [paired_interval(r.gained, r.lost, r.n) for r in rows]
+    p_values = [mcnemar(r.gained, r.lost) for r in rows]
+    shares = dict(
+        base=counts.base / counts.n, tuned=counts.tuned / counts.n,
+        difference=(counts.gained - counts.lost) / counts.n,
+        low=[low for low, _ in intervals], high=[high for _, high in intervals],
+        smallest=[smallest_difference(r.n, changed) for r in rows],
+    )
+    table = pd.DataFrame(counts[["subject", "n", "gained", "lost"]]).assign(
+        **shares, p_value=p_values, p_holm=holm(p_values))
+    columns = ["subject", "n", "base", "tuned", "difference", "low", "high", "gained", "lost",
+               "p_value", "p_holm", "smallest"]
+    return table[columns].round(dict.fromkeys(shares, 6))

@@ -11,79 +11,139 @@ from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from ..core.text import csv_text, in_markdown, label
 from ..core.files import save_figure, write_json, write_whole
+from ..core.text import csv_text, in_markdown, label, markdown_table
 from ..evaluation.statistics import RESAMPLES, smallest_difference, wilson
 from .comparison import write_comparison
 from medmcqa_lora.analysis.gain import (
-    AS_IT_IS, Split, gain_verdict, read_answers, split_gain, subject_gains,
+    AS_IT_IS, GainSplit, gain_verdict, read_answers, split_gain, subject_gains,
 )
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #ec5d6ff5
-def gain_table(s: Split) -> str: # a Markdown table
+def _interval(ends, form: str) -> str: # such as "+1.0 to +2.5"
+    return " to ".join(format(end, form) for end in ends)
+
+def _points_interval(ends: list[float]) -> str: # of shares
+    return _interval([end * 100 for end in ends], "+.1f")
+
+def _part_row(name: str, points: float, interval: list[float], p: float) -> dict:
+    return {
+        "part of the difference": name, "points": f"{points * 100:+.1f}",
+        "95% interval": _points_interval(interval), "exact p": f"{p:.2g}",
+    }
+
+def _reference_row(name: str, accuracy: float, n: int) -> dict:
+    return {
+        "the base, untrained, asked so": in_markdown(name), "accuracy": f"{accuracy:.2%}",
+        "95% interval": _interval(wilson(round(accuracy * n), n), ".2%"),
+    }
+
+def gain_table(s: GainSplit) -> str: # two Markdown tables
     "The parts of a gain, and every reference that was tried."
-    def ci(x): return f"{x[0] * 100:+.1f} to {x[1] * 100:+.1f}"
     base = s.references[AS_IT_IS]
-    parts = [f"| format: {base:.2%} → {base + s.format:.2%} ({s.best}) | {s.format * 100:+.1f} | {ci(s.format_ci95)} | {s.format_p:.2g} |",
-             f"| the rest: {base + s.format:.2%} → {s.tuned:.2%} | {s.rest * 100:+.1f} | {ci(s.rest_ci95)} | {s.rest_p:.2g} |",
-             f"| together: {base:.2%} → {s.tuned:.2%} | {s.total * 100:+.1f} | {ci(s.total_ci95)} | {s.total_p:.2g} |"]
-    tried = [f"| {in_markdown(name)} | {x:.2%} | {' to '.join(f'{end:.2%}' for end in wilson(round(x * s.n), s.n))} |" for name, x in s.references.items()]
-    return "\n".join(["| part of the difference | points | 95% interval | exact p |", "|---|---|---|---|", *parts, "",
-                      "| the base, untrained, asked so | accuracy | 95% interval |", "|---|---|---|", *tried])
+    mended = base + s.format
+    parts = [
+        _part_row(f"format: {base:.2%} → {mended:.2%} ({s.best})", s.format, s.format_ci95,
+                  s.format_p),
+        _part_row(f"the rest: {mended:.2%} → {s.tuned:.2%}", s.rest, s.rest_ci95, s.rest_p),
+        _part_row(f"together: {base:.2%} → {s.tuned:.2%}", s.total, s.total_ci95, s.total_p),
+    ]
+    tried = [_reference_row(name, accuracy, s.n) for name, accuracy in s.references.items()]
+    return f"{markdown_table(parts)}\n\n{markdown_table(tried)}"
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #2792a978
 def subject_rows(table: pd.DataFrame # of `subject_gains`
                 ) -> str: # a Markdown table
     "The subjects, the largest first."
-    rows = [f"| {in_markdown(r.subject)} | {r.n:,} | {r.base:.1%} | {r.tuned:.1%} | {r.difference * 100:+.1f} | {r.low * 100:+.1f} to {r.high * 100:+.1f} | {r.p_holm:.2g} | {'none' if math.isnan(r.smallest) else f'{r.smallest * 100:.1f}'} |" for r in table.itertuples()]
-    return "\n".join(["| subject | n | base | tuned | points | 95% interval | p, Holm | could show |", "|---|---|---|---|---|---|---|---|", *rows])
+    rows = []
+    for r in table.itertuples():
+        rows.append({
+            "subject": in_markdown(r.subject), "n": f"{r.n:,}",
+            "base": f"{r.base:.1%}", "tuned": f"{r.tuned:.1%}",
+            "points": f"{r.difference * 100:+.1f}",
+            "95% interval": _points_interval([r.low, r.high]),
+            "p, Holm": f"{r.p_holm:.2g}",
+            "could show": "none" if math.isnan(r.smallest) else f"{r.smallest * 100:.1f}",
+        })
+    return markdown_table(rows)
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #6ff0051d
-NOTES = """Format is what the base model reaches untrained when only the form of its answer is mended, by the best of the ways tried; the rest is what tuning adds to that. Intervals of the parts: bootstrap over questions, with the best way chosen and the letter prior fitted anew in each of {resamples:,} resamples. Letter prior removed: each letter's mean log-probability over these questions is subtracted; no answer is used. p: exact McNemar; for format corrected for the number of ways (Holm), for the rest against every one of them; by subject corrected for the number of subjects (Holm).
+NOTES = (
+    "Format is what the base model reaches untrained when only the form of its answer is mended, "
+    "by the best of the ways tried; the rest is what tuning adds to that. Intervals of the parts: "
+    "bootstrap over questions, with the best way chosen and the letter prior fitted anew in each "
+    "of {resamples:,} resamples. Letter prior removed: each letter's mean log-probability over "
+    "these questions is subtracted; no answer is used. p: exact McNemar; for format corrected for "
+    "the number of ways (Holm), for the rest against every one of them; by subject corrected for "
+    "the number of subjects (Holm).\n\n{power}"
+)
 
-{power}"""
-
-# %% ../../nbs/6_analysis/gain_report.ipynb #5b3a43cf
 def power_note(changed: int, # questions on which the models differ in being right
                n: int # questions
               ) -> str: # a sentence
     "Which difference the questions could have shown."
-    found = smallest_difference(n, changed / n)
-    told = f"the smallest true difference that a test at 5% finds four times in five is {found * 100:.1f} points" if not math.isnan(found) else "no difference could be found four times in five with so few changes"
-    return f"{changed:,} of {n:,} answers changed between right and wrong; {told} (Connor 1987; `could show` in the table, with the same share of changes)."
+    smallest = smallest_difference(n, changed / n)
+    found = "no difference could be found four times in five with so few changes"
+    if not math.isnan(smallest):
+        found = ("the smallest true difference that a test at 5% finds four times in five is "
+                 f"{smallest * 100:.1f} points")
+    return (f"{changed:,} of {n:,} answers changed between right and wrong; {found} "
+            "(Connor 1987; `could show` in the table, with the same share of changes).")
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #88da9494
-def plot_gain(s: Split) -> Figure: # a row a way of asking
-    "Where the tuned model, the base and its references stand, with 95% Wilson intervals, and the two parts of the gain."
+def _shade_parts(ax, s: GainSplit) -> None: # format above, the rest below
+    base, tuned = s.references[AS_IT_IS] * 100, s.tuned * 100
+    best = (s.references[AS_IT_IS] + s.format) * 100
+    parts = (("format", base, best, "C1", 0.5), ("the rest", best, tuned, "C2", 0))
+    for name, start, end, colour, bottom in parts:
+        ax.axvspan(min(start, end), max(start, end), bottom, bottom + 0.5, color=colour,
+                   alpha=0.25, lw=0, label=f"{name}: {end - start:+.1f} points")
+
+def _row_label(name: str) -> str: # at most 44 characters
+    return label(name if len(name) < 45 else f"…{name[-43:]}")
+
+def plot_gain(s: GainSplit) -> Figure: # a row per way of asking
+    "Base, references and tuned model with 95% Wilson intervals, and the two parts of the gain."
     rows = {f"base, {name}": x for name, x in s.references.items()} | {"tuned": s.tuned}
-    base, best = s.references[AS_IT_IS] * 100, (s.references[AS_IT_IS] + s.format) * 100
+    places = range(len(rows))
     fig, ax = plt.subplots(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
-    for name, low, high, colour, foot in (("format", base, best, "C1", 0.5), ("the rest", best, s.tuned * 100, "C2", 0)):
-        ax.axvspan(*sorted((low, high)), foot, foot + 0.5, color=colour, alpha=0.25, lw=0, label=f"{name}: {high - low:+.1f} points")
+    _shade_parts(ax, s)
+    accuracy = np.array([*rows.values()]) * 100
     ends = np.array([wilson(round(x * s.n), s.n) for x in rows.values()]) * 100
-    x = np.array([*rows.values()]) * 100
-    ax.errorbar(x, range(len(rows)), xerr=np.abs(ends.T - x), fmt="o", color="black", ms=5, capsize=3)
-    ax.set(yticks=range(len(rows)), yticklabels=[label(name if len(name) < 45 else f"…{name[-43:]}") for name in rows], xlabel=f"accuracy, % (95% Wilson interval, n = {s.n:,})", ylim=(len(rows) - 0.5, -0.5))
+    ax.errorbar(accuracy, places, xerr=np.abs(ends.T - accuracy), fmt="o", color="black", ms=5,
+                capsize=3)
+    ax.set(yticks=places, yticklabels=[_row_label(name) for name in rows],
+           xlabel=f"accuracy, % (95% Wilson interval, n = {s.n:,})", ylim=(len(rows) - 0.5, -0.5))
     fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #91614398
+def _gain_record(s: GainSplit, table: pd.DataFrame, changed: int) -> dict: # for comparison.json
+    rounded = {k: round(getattr(s, k), 6) for k in ("total", "format", "rest")}
+    smallest = smallest_difference(s.n, changed / s.n)
+    return dict(
+        gain=asdict(s) | rounded | dict(verdict=gain_verdict(s), resamples=RESAMPLES),
+        smallest_difference=None if math.isnan(smallest) else round(smallest, 6),
+        by_subject=table.astype(object).where(table.notna(), None).to_dict("records"),
+    )
+
 def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                out: Path | None = None, # folder for the comparison, its tables and figures
-               references: tuple[Path, ...] = () # other evaluations of the base: ways of mending its form
+               references: tuple[Path, ...] = () # other evaluations of the base
               ) -> str: # Markdown: tables and verdicts
-    "Compare two evaluations, split the gain and, if `out` is given, write both there; raises `ValueError` for what can't be compared."
-    a = read_answers(base_dir, tuned_dir, references)
-    split, table, changed = split_gain(a), subject_gains(a), int((a.base != a.tuned).sum())
-    text = "\n\n".join([write_comparison(base_dir, tuned_dir, out).rstrip(), gain_table(split), gain_verdict(split), subject_rows(table), NOTES.format(resamples=RESAMPLES, power=power_note(changed, split.n))]) + "\n"
+    "Compare two evaluations and split the gain; raises `ValueError` for what can't be compared."
+    answers = read_answers(base_dir, tuned_dir, references)
+    s, table = split_gain(answers), subject_gains(answers)
+    changed = int((answers.base != answers.tuned).sum())
+    comparison = write_comparison(base_dir, tuned_dir, out).rstrip()
+    notes = NOTES.format(resamples=RESAMPLES, power=power_note(changed, s.n))
+    parts = [comparison, gain_table(s), gain_verdict(s), subject_rows(table), notes]
+    text = "\n\n".join(parts) + "\n"
     if out is None: return text
-    found = smallest_difference(split.n, changed / split.n)
-    rounded = {k: round(getattr(split, k), 6) for k in ("total", "format", "rest")}
-    more = dict(gain=asdict(split) | rounded | dict(verdict=gain_verdict(split), resamples=RESAMPLES), smallest_difference=None if math.isnan(found) else round(found, 6),
-                by_subject=table.astype(object).where(table.notna(), None).to_dict("records"))
-    save_figure(plot_gain(split), out / "figures/gain.png")
+    save_figure(plot_gain(s), out / "figures/gain.png")
     write_whole(out / "by_subject.csv", csv_text(table))
     write_whole(out / "comparison.md", text)
-    write_json(out / "comparison.json", json.loads((out / "comparison.json").read_text(encoding="utf-8")) | more)
+    written = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    write_json(out / "comparison.json", written | _gain_record(s, table, changed))
     return text

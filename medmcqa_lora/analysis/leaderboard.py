@@ -12,35 +12,51 @@ from ..evaluation.records import read_evaluation
 from .published import published, published_summaries, run_facts, run_of
 
 # %% ../../nbs/6_analysis/leaderboard.ipynb #203384c3
-COLUMNS = ["name", "accuracy", "low", "high", "n", "questions", "model", "recipe", "commit", "date", "tokens", "gpu_hours", "hardware"]
+COLUMNS = ["name", "accuracy", "low", "high", "n", "questions", "model", "recipe", "commit",
+           "date", "tokens", "gpu_hours", "hardware"]
 
-def leaderboard_row(folder: Path, root: Path # of an evaluation; of all
+def _score(summary: dict) -> dict: # accuracy, low, high, n, questions
+    low, high = summary["ci95"]
+    return dict(accuracy=summary["accuracy"], low=low, high=high, n=summary["n"],
+                questions=summary["data_sha256"][:8])
+
+def leaderboard_row(folder: Path, # of an evaluation
+                    root: Path # of all
                    ) -> dict: # a value for each of COLUMNS
-    "An evaluation's row; raises `ValueError` if it or its run is not whole."
+    "An evaluation's row; raises `ValueError` if it or its run is not complete."
     summary = read_evaluation(folder)[1]
     run = run_of(folder, summary)
-    return dict.fromkeys(COLUMNS) | (run_facts(run) if run else {}) | dict(
-        name=folder.relative_to(root).as_posix() if folder != root else folder.name, accuracy=summary["accuracy"], low=summary["ci95"][0], high=summary["ci95"][1],
-        n=summary["n"], questions=summary["data_sha256"][:8], model=Path(str(summary.get("model"))).name + (" + LoRA" if summary.get("adapter") else ""))
+    facts = run_facts(run) if run else {}
+    name = folder.relative_to(root).as_posix() if folder != root else folder.name
+    model = Path(str(summary.get("model"))).name
+    if summary.get("adapter"): model += " + LoRA"
+    return dict.fromkeys(COLUMNS) | facts | _score(summary) | dict(name=name, model=model)
 
 # %% ../../nbs/6_analysis/leaderboard.ipynb #e1f949fb
 def published_rows() -> list[dict]: # two, with a value for each of COLUMNS
     "The published models as rows of the leaderboard."
-    p, rows = published(), []
-    for label, s in published_summaries().items():
-        tuned = label.endswith("tuned")
-        rows.append(dict.fromkeys(COLUMNS) | dict(name=label, accuracy=s["accuracy"], low=s["ci95"][0], high=s["ci95"][1], n=s["n"], questions=s["data_sha256"][:8], model=Path(p["base_model"]).name + (" + LoRA" if tuned else ""),
-                    gpu_hours=float(p["gpus"] * p["training_time_hours"]) if tuned else None, hardware=p["hardware"].replace(" x ", " × ") if tuned else None))
+    p = published()
+    model = Path(p["base_model"]).name
+    training = dict(gpu_hours=float(p["gpus"] * p["training_time_hours"]), model=f"{model} + LoRA",
+                    hardware=p["hardware"].replace(" x ", " × "))
+    rows = []
+    for label, summary in published_summaries().items():
+        row = dict.fromkeys(COLUMNS) | _score(summary) | dict(name=label, model=model)
+        rows.append(row | training if label.endswith("tuned") else row)
     return rows
 
 # %% ../../nbs/6_analysis/leaderboard.ipynb #e9f66e40
 def leaderboard(root: Path, # holds runs and evaluations, at any depth; may be missing or empty
                 with_published: bool = True # rows of the published models, too
-               ) -> tuple[pd.DataFrame, list[str]]: # COLUMNS, sorted by questions and accuracy; why folders were left out
-    "All evaluations below a folder in one table."
-    rows, left_out = published_rows() if with_published else [], []
+               ) -> tuple[pd.DataFrame, list[str]]: # the table; why folders were left out
+    "All evaluations below a folder in one table, sorted by questions and accuracy."
+    rows = published_rows() if with_published else []
+    left_out = []
     for file in sorted(root.rglob("summary.json")):
         try: rows.append(leaderboard_row(file.parent, root))
         except (ValueError, OSError) as e: left_out.append(str(e))
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"tokens": "Int64", "gpu_hours": "Float64"})  # that may be missing
-    return table.sort_values(["n", "questions", "accuracy", "name"], ascending=[False, True, False, True], ignore_index=True), left_out
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table.astype({"tokens": "Int64", "gpu_hours": "Float64"})  # that may be missing
+    order = {"n": False, "questions": True, "accuracy": False, "name": True}  # column -> ascending
+    table = table.sort_values([*order], ascending=[*order.values()], ignore_index=True)
+    return table, left_out

@@ -9,26 +9,38 @@ __all__ = ['LEAKS', 'read_overlaps', 'parts_of', 'score_part', 'score_parts', 'p
 import json
 from pathlib import Path
 from ..core.files import write_json, write_whole
+from ..core.text import markdown_table
 from ..data.similarity import KINDS
-from ..evaluation.statistics import paired_interval, share
 from ..evaluation.records import read_evaluation
+from ..evaluation.statistics import paired_interval, share
 from .comparison import compare_evaluations
 
 # %% ../../nbs/6_analysis/overlap.ipynb #a3728154
+_MAKE_LIST = "check-data --against … --out FILE"
+
+def _is_listed(row) -> bool: # whether an object is a line of the list
+    return isinstance(row, dict) and isinstance(row.get("id"), str) and row.get("kind") in KINDS
+
 def _listed(line: str, where: str) -> tuple[str, str]: # id, kind
     try:
         row = json.loads(line)
-        assert isinstance(row["id"], str) and row["kind"] in KINDS
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError): raise ValueError(f"{where}: is not an overlap with id and kind ({', '.join(KINDS)}); make the list with check-data --against … --out FILE") from None
-    return row["id"], row["kind"]
+        if _is_listed(row): return row["id"], row["kind"]
+    except (ValueError, RecursionError): pass
+    raise ValueError(f"{where}: is not an overlap with id and kind ({', '.join(KINDS)}); "
+                     f"make the list with {_MAKE_LIST}")
 
 def read_overlaps(file: Path # from `leakage.write_overlaps`
                  ) -> dict[str, str]: # id of an evaluation row -> its closest kind
     "The listed rows; raises `ValueError` naming the line that is no overlap."
     try: lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"--without {file}: can't be read ({getattr(e, 'strerror', None) or 'not UTF-8'}); make it with check-data --against … --out FILE") from None
-    found = [_listed(line, f"--without {file}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    return dict(sorted(found, key=lambda row: -KINDS.index(row[1])))  # of an id's kinds the closest comes last, and stays
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "not UTF-8"
+        raise ValueError(f"--without {file}: can't be read ({reason}); "
+                         f"make it with {_MAKE_LIST}") from None
+    found = [_listed(line, f"--without {file}: line {n}")
+             for n, line in enumerate(lines, 1) if line.strip()]
+    closest_last = sorted(found, key=lambda row: -KINDS.index(row[1]))
+    return dict(closest_last)  # of an id's kinds the last stays
 
 # %% ../../nbs/6_analysis/overlap.ipynb #e838bfd9
 LEAKS = ("exact", "normalised", "near")
@@ -37,54 +49,83 @@ def parts_of(ids: list[str], # of the questions that were scored
              kinds: dict[str, str] # from `read_overlaps`
             ) -> dict[str, list[str]]: # part -> ids; overlapping and rest are all
     "The questions that overlap, the rest, and of these the ones that share their options."
-    overlapping = [i for i in ids if kinds.get(i) in LEAKS]
-    return {"all": ids, "overlapping": overlapping, "rest": [i for i in ids if kinds.get(i) not in LEAKS], "options alone, in the rest": [i for i in ids if kinds.get(i) == "options"]}
+    return {
+        "all": ids,
+        "overlapping": [i for i in ids if kinds.get(i) in LEAKS],
+        "rest": [i for i in ids if kinds.get(i) not in LEAKS],
+        "options alone, in the rest": [i for i in ids if kinds.get(i) == "options"],
+    }
 
 # %% ../../nbs/6_analysis/overlap.ipynb #7859ce5d
-def score_part(base: list[dict], tuned: list[dict] # predictions of the same questions, in the same order
-              ) -> dict: # n, and if there are any base and tuned {n, accuracy, ci95}, difference, difference_ci95
+def score_part(base: list[dict], tuned: list[dict] # predictions of the same questions, in order
+              ) -> dict: # n; if there are any: base, tuned, difference, difference_ci95
     "Both models' accuracy on a part of the questions."
     if not base: return dict(n=0)
+    n = len(base)
     changes = [after["correct"] - before["correct"] for before, after in zip(base, tuned)]
-    return dict(n=len(base), base=share(base), tuned=share(tuned), difference=round(sum(changes) / len(base), 6),
-                difference_ci95=paired_interval(changes.count(1), changes.count(-1), len(base)))
+    interval = paired_interval(changes.count(1), changes.count(-1), n)
+    return dict(n=n, base=share(base), tuned=share(tuned), difference=round(sum(changes) / n, 6),
+                difference_ci95=interval)
 
 def score_parts(base: list[dict], tuned: list[dict], # predictions of the same questions
                 kinds: dict[str, str] # from `read_overlaps`
                ) -> dict[str, dict]: # part -> `score_part`
     "Both models' accuracy on all questions, on those that overlap, and on the rest."
-    before, after = ({p["id"]: p for p in ps} for ps in (base, tuned))
-    return {name: score_part([before[i] for i in ids], [after[i] for i in ids]) for name, ids in parts_of([*before], kinds).items()}
+    before = {p["id"]: p for p in base}
+    after = {p["id"]: p for p in tuned}
+    scores = {}
+    for part, ids in parts_of([*before], kinds).items():
+        scores[part] = score_part([before[i] for i in ids], [after[i] for i in ids])
+    return scores
 
 # %% ../../nbs/6_analysis/overlap.ipynb #f606e789
+def _accuracy_cell(s: dict) -> str: # such as "62.50% (51.55% to 72.31%)"
+    low, high = s["ci95"]
+    return f"{s['accuracy']:.2%} ({low:.2%} to {high:.2%})"
+
+def _points_cell(s: dict) -> str: # such as "+10.00 (+4.41 to +10.00)"
+    low, high = s["difference_ci95"]
+    return f"{s['difference'] * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
+
 def parts_table(scores: dict[str, dict] # from `score_parts`
                ) -> str: # a Markdown table
     "Accuracies by part."
-    interval = lambda s: f"{s['accuracy']:.2%} ({s['ci95'][0]:.2%} to {s['ci95'][1]:.2%})"
-    points = lambda s: f"{s['difference'] * 100:+.2f} ({s['difference_ci95'][0] * 100:+.2f} to {s['difference_ci95'][1] * 100:+.2f})"
-    rows = [f"| {name} | {s['n']:,} | " + (f"{interval(s['base'])} | {interval(s['tuned'])} | {points(s)} |" if s["n"] else "– | – | – |") for name, s in scores.items()]
-    return "\n".join(["| questions | n | base (95% interval) | tuned (95% interval) | difference in points (95% interval) |", "|---|---|---|---|---|", *rows])
+    rows = []
+    for part, s in scores.items():
+        rows.append({
+            "questions": part, "n": f"{s['n']:,}",
+            "base (95% interval)": _accuracy_cell(s["base"]) if s["n"] else "–",
+            "tuned (95% interval)": _accuracy_cell(s["tuned"]) if s["n"] else "–",
+            "difference in points (95% interval)": _points_cell(s) if s["n"] else "–",
+        })
+    return markdown_table(rows)
 
-def parts_in_words(scores: dict[str, dict], missing: int = 0 # listed questions that were not scored
+def parts_in_words(scores: dict[str, dict], # from `score_parts`
+                   missing: int = 0 # listed questions that were not scored
                   ) -> str: # two sentences at most
     "What leaving the overlapping questions out changes."
     every, rest = scores["all"], scores["rest"]
-    first = f"{scores['overlapping']['n']:,} of {every['n']:,} questions overlap with the training rows (exact, normalised or near)"
-    if not rest["n"]: first += "; no rest is left to score."
-    else: first += f"; without them the difference is {rest['difference'] * 100:+.2f} points instead of {every['difference'] * 100:+.2f}."
-    return first + f" {missing:,} listed questions were not scored." * bool(missing)
+    text = (f"{scores['overlapping']['n']:,} of {every['n']:,} questions overlap with the training "
+            "rows (exact, normalised or near); ")
+    if not rest["n"]: text += "no rest is left to score."
+    else: text += (f"without them the difference is {rest['difference'] * 100:+.2f} points "
+                   f"instead of {every['difference'] * 100:+.2f}.")
+    if missing: text += f" {missing:,} listed questions were not scored."
+    return text
 
 # %% ../../nbs/6_analysis/overlap.ipynb #f633dcc0
 def score_without(base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
                   file: Path, # from check-data --against … --out
                   out: Path | None = None # folder for overlap.md and overlap.json
                  ) -> str: # Markdown: table and sentence
-    "Compare two evaluations with and without the listed questions; raises `ValueError` for a list of other rows."
+    "Compare two evaluations without the listed questions; raises `ValueError` for other rows."
     kinds = read_overlaps(file)
     compare_evaluations(base_dir, tuned_dir)  # refuses different questions
     base, tuned = (read_evaluation(folder)[0] for folder in (base_dir, tuned_dir))
     missing = len(kinds.keys() - {p["id"] for p in base})
-    if kinds and missing == len(kinds): raise ValueError(f"--without {file}: none of its {missing:,} questions was scored in {base_dir}; make the list against the rows that were")
+    if kinds and missing == len(kinds):
+        raise ValueError(f"--without {file}: none of its {missing:,} questions was scored in "
+                         f"{base_dir}; make the list against the rows that were")
     scores = score_parts(base, tuned, kinds)
     text = f"{parts_table(scores)}\n\n{parts_in_words(scores, missing)}\n"
     if out is None: return text

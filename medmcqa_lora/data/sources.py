@@ -9,92 +9,151 @@ __all__ = ['SUFFIXES', 'read_file', 'read_source']
 import csv, json, os
 from collections import Counter
 from pathlib import Path
-from ..core.text import short
 from ..core.files import shipped
+from ..core.text import one_line, short
 from ..core.untrusted import no_repeats
 
 # %% ../../nbs/1_data/sources.ipynb #e021fd4f
+def _first_character(file) -> str: # empty: a blank file
+    "The first character of an open text file that is no white space."
+    for line in file:
+        if line.strip(): return line.lstrip()[0]
+    return ""
+
+def _json_line(line: str, where: str) -> dict: # one record
+    try: return json.loads(line.rstrip("\n"), object_pairs_hook=no_repeats)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not JSON ({e}); mend or delete that line") from None
+
 def _json_records(file, name: str) -> list[tuple[str, dict]]: # of an open text file
-    start = "" if name.endswith(".jsonl") else next((line for line in file if line.strip()), "").lstrip()[:1]
+    is_array = not name.endswith(".jsonl") and _first_character(file) == "["
     file.seek(0)
-    if start == "[": return [(f"row {i + 1}", r) for i, r in enumerate(json.load(file, object_pairs_hook=no_repeats))]
+    if is_array:
+        rows = json.load(file, object_pairs_hook=no_repeats)
+        return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
     records = []
     for n, line in enumerate(file, 1):  # str.splitlines would also cut at U+2028 inside a string
-        if not line.strip(): continue
-        try: records.append((f"line {n}", json.loads(line.rstrip("\n"), object_pairs_hook=no_repeats)))
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{name}: line {n} is not JSON ({e}); mend or delete that line") from None
+        if line.strip(): records.append((f"line {n}", _json_line(line, f"{name}: line {n}")))
     return records
 
 # %% ../../nbs/1_data/sources.ipynb #a7262afc
-def _csv_records(file, name: str) -> list[tuple[str, dict]]: # of an open text file
-    reader, records = csv.DictReader(file, strict=True), []
-    try:
-        if twice := [k for k, n in Counter(reader.fieldnames or ()).items() if n > 1 and k]: raise csv.Error(f"two columns are called {twice[0]}")
-        for row in reader:
-            if None in row: raise csv.Error(f"{len(row[None])} fields more than the header; is a comma not quoted?")
-            records.append((f"line {reader.line_num}", row))
-        return records
-    except csv.Error as e: raise ValueError(f"{name}: line {reader.reader.line_num} is not CSV ({short(str(e), 120)}); mend that line") from None
+def _check_header(names: list[str]) -> None:
+    "Raises `csv.Error` if two columns have the same name."
+    repeated = [name for name, n in Counter(names).items() if n > 1 and name]
+    if repeated: raise csv.Error(f"two columns are called {repeated[0]}")
 
-# %% ../../nbs/1_data/sources.ipynb #8ae2c4f1
-def _bad_byte(content: bytes) -> int | None: # its place, from 0
-    try: content.decode("utf-8-sig")
-    except UnicodeDecodeError as e: return e.start
+def _csv_rows(reader: csv.DictReader) -> list[tuple[str, dict]]:
+    records = []
+    _check_header(reader.fieldnames or ())
+    for row in reader:
+        if None in row:  # where DictReader puts fields without a column
+            extra = len(row[None])
+            raise csv.Error(f"{extra} fields more than the header; is a comma not quoted?")
+        records.append((f"line {reader.line_num}", row))
+    return records
+
+def _csv_records(file, name: str) -> list[tuple[str, dict]]: # of an open text file
+    reader = csv.DictReader(file, strict=True)
+    try: return _csv_rows(reader)
+    except csv.Error as e:
+        where = f"{name}: line {reader.reader.line_num}"
+        raise ValueError(f"{where} is not CSV ({short(str(e), 120)}); mend that line") from None
 
 # %% ../../nbs/1_data/sources.ipynb #eafc1a6a
 def _parquet_records(path: Path) -> list[tuple[str, dict]]:
     import pyarrow as pa, pyarrow.parquet as pq
-    try:
-        return [(f"row {i + 1}", row) for i, row in enumerate(pq.read_table(path).to_pylist())]
-    except (pa.ArrowException, ValueError, OverflowError) as e: raise ValueError(f"{path}: not a whole parquet file of rows ({short(str(e), 200)}); write it again") from None
+    try: rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as e:
+        reason = short(str(e), 200)
+        raise ValueError(
+            f"{path}: not a whole parquet file of rows ({reason}); write it again") from None
+    return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
+
+# %% ../../nbs/1_data/sources.ipynb #8ae2c4f1
+def _bad_byte(content: bytes) -> int | None: # its place, from 0; None: all is UTF-8
+    try: content.decode("utf-8-sig")
+    except UnicodeDecodeError as e: return e.start
+
+def _describe_read_error(e: Exception, path: Path) -> str: # such as "line 3 is not JSON (…); …"
+    "What a reader's exception means, and what to do."
+    if isinstance(e, UnicodeDecodeError):
+        return f"byte {_bad_byte(path.read_bytes())} is not UTF-8; save the file as UTF-8"
+    if isinstance(e, json.JSONDecodeError):
+        return f"line {e.lineno} is not JSON ({e.msg}); mend the file"
+    if isinstance(e, RecursionError): return "nested too deeply; give an array of flat rows"
+    if isinstance(e, OSError):
+        return f"can't be read ({e.strerror or e}); check the path and its permissions"
+    return f"a row is not JSON ({short(str(e), 120)}); mend the file"
 
 # %% ../../nbs/1_data/sources.ipynb #7bec99e4
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
+def _check_path(path: Path) -> None:
+    "Raises `ValueError` for an unknown format, a folder, or a name that no file has."
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: can't tell its format; use {', '.join(SUFFIXES)}")
+    if os.path.exists(path) and not path.is_file():
+        raise ValueError(f"{path}: is not a file; give a file with questions")
+    if "\0" in str(path):
+        raise ValueError(f"{path}: holds a NUL, which no file's name does; check the path")
+
+def _read_records(path: Path) -> list[tuple[str, dict]]:
+    if path.suffix.lower() == ".parquet": return _parquet_records(path)
+    read = _csv_records if path.suffix.lower() == ".csv" else _json_records
+    with open(path, encoding="utf-8-sig") as file: return read(file, path.name)
+
+def _names_file(e: Exception, path: Path) -> bool:
+    "Whether an error is one of ours, and says which file it is about."
+    from_a_library = isinstance(e, (UnicodeDecodeError, json.JSONDecodeError, OSError))
+    return isinstance(e, ValueError) and not from_a_library and path.name in str(e)
+
 def read_file(path: Path # a .json, .jsonl, .csv or .parquet file
              ) -> list[tuple[str, dict]]: # (place in the file, record)
-    "Read a local file's records; raises `ValueError` naming the file, and the line where there is one."
-    if path.suffix.lower() not in SUFFIXES: raise ValueError(f"{path}: can't tell its format; use {', '.join(SUFFIXES)}")
-    if os.path.exists(path) and not path.is_file(): raise ValueError(f"{path}: is not a file; give a file with questions")
-    if "\0" in str(path): raise ValueError(f"{path}: holds a NUL, which no file's name does; check the path")
-    try:
-        if path.suffix.lower() == ".parquet": records = _parquet_records(path)
-        else:
-            parse = _csv_records if path.suffix.lower() == ".csv" else _json_records
-            with open(path, encoding="utf-8-sig") as file: records = parse(file, path.name)
-    except OSError as e: raise ValueError(f"{path}: can't be read ({e.strerror or e}); check the path and its permissions") from None
-    except UnicodeDecodeError: raise ValueError(f"{path}: byte {_bad_byte(path.read_bytes())} is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as e: raise ValueError(f"{path}: line {e.lineno} is not JSON ({e.msg}); mend the file") from None
-    except ValueError as e: raise (e if path.name in str(e) else ValueError(f"{path}: a row is not JSON ({short(str(e), 120)}); mend the file")) from None
-    except RecursionError: raise ValueError(f"{path}: nested too deeply; give an array of flat rows") from None
+    "Read a local file's records; raises `ValueError` naming the file, and the line if known."
+    _check_path(path)
+    try: records = _read_records(path)
+    except (OSError, ValueError, RecursionError) as e:
+        if _names_file(e, path): raise e from None
+        raise ValueError(f"{path}: {_describe_read_error(e, path)}") from None
     if not records: raise ValueError(f"{path}: holds no rows; give a file with questions")
     return records
 
 # %% ../../nbs/1_data/sources.ipynb #13868daf
 def _is_path(source: str) -> bool:
-    path = Path(source)
-    return os.path.exists(source) or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if os.path.exists(source) or Path(source).suffix.lower() in SUFFIXES: return True
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 # %% ../../nbs/1_data/sources.ipynb #70101fcb
 def _hub_records(source: str, split: str) -> list[tuple[str, dict]]:
     from datasets import load_dataset
     try: rows = load_dataset(source, split=split)
     except Exception as e:  # the hub, the network and the splits each raise their own kind
-        raise ValueError(f"{source}: not a file here, and the hub did not give its split {split!r} ({type(e).__name__}: "
-                         f"{' '.join(str(e).split())[:120]}); check the name, the network and HF_HUB_OFFLINE") from None
-    return [(f"row {i + 1}", row) for i, row in enumerate(rows)]
+        reason = f"{type(e).__name__}: {one_line(e, 120)}"
+        raise ValueError(
+            f"{source}: not a file here, and the hub did not give its split {split!r} ({reason}); "
+            "check the name, the network and HF_HUB_OFFLINE") from None
+    return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
 
 # %% ../../nbs/1_data/sources.ipynb #4eb329de
+def _select_split(records: list[tuple[str, dict]], # (place, record)
+                  split: str, # empty: all
+                  source: str # for the message
+                 ) -> list[tuple[str, dict]]:
+    "The rows of a split; all rows if none names a split or none is wanted."
+    rows = [(where, row) for where, row in records if isinstance(row, dict)]
+    splits = {str(row["split"]) for _, row in rows if row.get("split")}
+    if not (split and splits): return records
+    if split not in splits:
+        raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(sorted(splits))}")
+    return [(where, row) for where, row in rows if str(row.get("split")) == split]
+
 def read_source(source: str, # a file, `sample`, or a hub id
-                split: str = "" # the split wanted; rows of other splits are left out where rows name one
+                split: str = "" # the split wanted; only where rows name their split
                ) -> list[tuple[str, dict]]: # (place, record)
     "Read the records of a source; raises `ValueError` in one line."
-    if not source.strip(): raise ValueError("the source of the questions is empty; name a file, a hub id, or sample")
-    if source == "sample": records = read_file(shipped("assets/sample.jsonl"))
-    elif _is_path(source): records = read_file(Path(os.path.expanduser(source)))
+    if not source.strip():
+        raise ValueError("the source of the questions is empty; name a file, a hub id, or sample")
+    if source == "sample": path = shipped("assets/sample.jsonl")
+    elif _is_path(source): path = Path(os.path.expanduser(source))
     else: return _hub_records(source, split or "train")
-    named = {str(r["split"]) for _, r in records if isinstance(r, dict) and r.get("split")}
-    if not (split and named): return records
-    if split not in named: raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(sorted(map(str, named)))}")
-    return [(w, r) for w, r in records if isinstance(r, dict) and str(r.get("split")) == split]
+    return _select_split(read_file(path), split, source)
