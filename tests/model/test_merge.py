@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, NemotronHConfig
 from transformers.utils import logging
 
-from medmcqa_lora.model.merge import merge_adapter, weight_files
+from medmcqa_lora.model.checkpoint import weight_files
+from medmcqa_lora.model.merge import merge_adapter
 from medmcqa_lora.model.resolve import TOY, resolve_model
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
@@ -225,7 +226,7 @@ merge.merge_adapter(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 
 
-KILLS = [("overwrite", 7, "SIGKILL"), ("merge_file", 3, "SIGKILL"), ("write_whole", 1, "SIGKILL"), ("merge_file", 2, "SIGINT")]
+KILLS = [("overwrite_matrix", 7, "SIGKILL"), ("merge_file", 3, "SIGKILL"), ("write_whole", 1, "SIGKILL"), ("merge_file", 2, "SIGINT")]
 
 
 @pytest.mark.parametrize("where, count, how", sampled(KILLS, 2))
