@@ -15,9 +15,8 @@ from ..core.text import one_line
 from medmcqa_lora.core.untrusted import (
     check_model_config, check_scaled, file_beside, read_object,
 )
-from ..core.environment import find_mamba_kernels
 from medmcqa_lora.model.resolve import (
-    empty_model, is_nano, load_config, no_progress_bars, resolve_model,
+    build_structure, empty_model, is_nano, load_config, no_progress_bars, resolve_model,
 )
 
 # %% ../../nbs/2_model/checkpoint.ipynb #e2ff73b4
@@ -181,8 +180,5 @@ def check_checkpoint(folder: Path, # of a model
 def planned_model(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model; for the 30B model, from the shipped configuration."
-    from transformers import AutoModelForCausalLM
-    if not is_nano(name): return empty_model(resolve_model(name, weights=False))
-    find_mamba_kernels()
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
+    if is_nano(name): return build_structure(load_config(name))
+    return empty_model(resolve_model(name, weights=False))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'TOY', 'BUILTIN', 'no_progress_bars', 'resolve_model', 'load_tokenizer', 'check_vocabulary', 'is_nano',
-           'load_config', 'empty_model']
+           'load_config', 'build_structure', 'empty_model', 'ResolvedModel', 'find_model']
 
 # %% ../../nbs/2_model/resolve.ipynb #74a46cd3
 import hashlib, importlib.util, json, os, subprocess, sys, tempfile, zipfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
@@ -83,10 +84,10 @@ def _convert_smollm2(folder: Path # to be made
           flush=True)
     with tempfile.TemporaryDirectory() as work:
         gguf = _fetch_gguf(Path(work))
-        source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name,
-                      trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        where = dict(pretrained_model_name_or_path=str(gguf.parent),
+                     gguf_file=gguf.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     _mark_unquantized(model)
     _set_special_tokens(model, tokenizer)
     model.save_pretrained(folder)
@@ -171,11 +172,10 @@ def resolve_model(name: str, # folder, hub id or built-in name
         f"(built-in: {', '.join(BUILTIN)})")
 
 # %% ../../nbs/2_model/resolve.ipynb #48887e8c
-def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
-                  ) -> object: # a fast tokenizer that pads right
-    "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
+def _read_tokenizer(where: str # folder, hub id or built-in name
+                   ) -> object: # a fast tokenizer that pads right
+    "Load a tokenizer; raises `ValueError` if it can't give character offsets."
     from transformers import AutoTokenizer
-    where = recipe.tokenizer or resolve_model(recipe.model, recipe.weights == "pretrained")
     if where in BUILTIN: where = resolve_model(where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -190,6 +190,12 @@ def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
             f"use another")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+def load_tokenizer(recipe: Recipe # its tokenizer, or else its model's
+                  ) -> object: # a fast tokenizer that pads right
+    "The recipe's tokenizer; raises `ValueError` if it can't give character offsets."
+    where = recipe.tokenizer or resolve_model(recipe.model, recipe.weights == "pretrained")
+    return _read_tokenizer(where)
 
 # %% ../../nbs/2_model/resolve.ipynb #22f2bfc2
 def check_vocabulary(tokenizer,
@@ -217,17 +223,57 @@ def load_config(name: str # a recipe's model
     return AutoConfig.from_pretrained(resolve_model(name, weights=False), trust_remote_code=False)
 
 # %% ../../nbs/2_model/resolve.ipynb #832493fe
+def build_structure(config, # a configuration of transformers
+                    **settings # of `from_config`
+                   ) -> nn.Module: # on the meta device: shapes, no memory
+    "The model that a configuration describes, without its weights."
+    from transformers import AutoModelForCausalLM
+    find_mamba_kernels()  # before the modeling file is imported, as everywhere here
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+
 def empty_model(where: str # hub id, or a folder with a config.json
                ) -> nn.Module: # on the meta device: shapes, no memory
     "A model's structure without its weights; raises `ValueError` if its config.json is unusable."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    find_mamba_kernels()  # before the modeling file is imported, as everywhere here
+    from transformers import AutoConfig
+    find_mamba_kernels()  # outside: its errors are not about the configuration
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        with torch.device("meta"):  # eager, whatever kernel the configuration names
-            return AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=False)
+        # shapes alone, so eager, whatever kernel the configuration names
+        return build_structure(config, attn_implementation="eager")
     except Exception as e:  # transformers and its validators raise a dozen kinds
         raise ValueError(
             f"model {where}: its configuration can't be used ({type(e).__name__}: "
             f"{one_line(e)}); check the name and its config.json") from None
+
+# %% ../../nbs/2_model/resolve.ipynb #092025a7
+@dataclass(frozen=True)
+class ResolvedModel:
+    "What a recipe's model is made of, each part found once."
+    name: str  # as the recipe gives it
+    path: str  # folder or hub id, for `from_pretrained`
+    is_local: bool  # whether the path is a folder here
+    config: object | None  # of transformers; None: only the hub knows it
+    tokenizer: object | None  # None: not loaded
+    structure: nn.Module | None  # on the meta device; None: only the hub knows it
+
+def _find_structure(name: str, # a recipe's model
+                    path: str, # folder or hub id
+                    ask_hub: bool) -> nn.Module | None: # None: only the hub knows it
+    "The structure of a model whose path is known."
+    if is_nano(name): return build_structure(load_config(name))
+    return empty_model(path) if os.path.isdir(path) or ask_hub else None
+
+def find_model(recipe: Recipe,
+               structure_only: bool = False # for a plan: no weights, no tokenizer, but the hub
+              ) -> ResolvedModel:
+    "Find path, configuration, tokenizer and structure; raises `ValueError` if one is unusable."
+    needs_weights = recipe.weights == "pretrained" and not structure_only
+    path = resolve_model(recipe.model, needs_weights)
+    is_local = os.path.isdir(path)
+    structure = _find_structure(recipe.model, path, ask_hub=structure_only)
+    config = structure.config if structure is not None else None
+    tokenizer = None
+    if not structure_only and (is_local or recipe.tokenizer):
+        tokenizer = _read_tokenizer(recipe.tokenizer or path)
+    return ResolvedModel(recipe.model, path, is_local, config, tokenizer, structure)
