@@ -132,8 +132,9 @@ def select(matrices: list[Matrix],
 
 def count_trainable(model: nn.Module, # without LoRA, on any device
                     recipe: Recipe) -> int: # parameters
-    "How many parameters a recipe's LoRA would train; raises `ValueError` as `select` does."
-    return sum(m.trainable(recipe) for m in select(list_matrices(model), recipe.lora_targets))
+    "How many parameters a recipe's LoRA would train; raises as `select` does."
+    chosen = select(list_matrices(model), recipe.lora_targets)
+    return sum(m.trainable(recipe) for m in chosen)
 
 # %% ../../nbs/2_model/lora.ipynb #3d2be15c
 def module_targets(chosen: list[Matrix],
