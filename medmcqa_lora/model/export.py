@@ -13,80 +13,132 @@ from torch import Tensor
 from ..core.text import nearest
 from ..core.files import write_whole
 from ..core.folders import check_room, whole_folder
-from .adapter import adapter_shapes, check_adapter
-from medmcqa_lora.model.merge import (
-    Delta, base_of, check_finite, check_kind, check_new, factors, read_deltas,
+from medmcqa_lora.model.adapter import (
+    Delta, adapter_shapes, check_adapter, check_finite, check_plain_lora, read_deltas,
+    read_factors,
 )
+from .merge import check_new_folder, find_base
 
 # %% ../../nbs/2_model/export.ipynb #330a4b62
-def vllm_names(delta: Delta) -> list[str]: # of the modules: one, or one an expert
-    "What vLLM calls the matrices that a delta changes."
-    block, _, leaf = delta.name.rpartition(".")
-    return [f"{block}.{e}.{leaf}" for e in range(delta.experts)] if delta.experts else [block]
+def vllm_names(delta: Delta) -> list[str]: # one, or one per expert
+    "What vLLM calls the modules that a delta changes."
+    module, _, leaf = delta.name.rpartition(".")
+    if not delta.experts: return [module]
+    return [f"{module}.{expert}.{leaf}" for expert in range(delta.experts)]
 
 # %% ../../nbs/2_model/export.ipynb #c43112ef
-def check_vllm(adapter: Path, deltas: dict[str, Delta], model_type: str) -> None:
+def check_vllm(adapter: Path, # an adapter/ folder, for the message
+               deltas: dict[str, Delta], # from `read_deltas`
+               model_type: str # from the model's configuration
+              ) -> None:
     "Raises `ValueError` if vLLM has no layout for an adapter's experts."
-    blocks = {}
+    leaves = {}
     for d in deltas.values():
-        if d.experts: blocks.setdefault(d.name.rpartition(".")[0], set()).add(d.name.rpartition(".")[2])
-    half = [b for b, leaves in blocks.items() if leaves != {"up_proj", "down_proj"}]
-    if blocks and (model_type != "nemotron_h" or half):
-        raise ValueError(f"--format vllm: adapter {adapter} changes {half[0] if half else model_type + ' experts'} in a way that vLLM can't load (it wants up_proj and down_proj of every expert, vllm-project/vllm#47088); serve merged weights: medmcqa-lora merge")
+        module, _, leaf = d.name.rpartition(".")
+        if d.experts: leaves.setdefault(module, set()).add(leaf)
+    incomplete = [m for m, found in leaves.items() if found != {"up_proj", "down_proj"}]
+    if not leaves or (model_type == "nemotron_h" and not incomplete): return
+    what = incomplete[0] if incomplete else f"{model_type} experts"
+    raise ValueError(
+        f"--format vllm: adapter {adapter} changes {what} in a way that vLLM can't load "
+        f"(it wants up_proj and down_proj of every expert, vllm-project/vllm#47088); "
+        f"serve merged weights: medmcqa-lora merge")
 
 # %% ../../nbs/2_model/export.ipynb #4b582f85
-def vllm_tensors(adapter: Path, deltas: dict[str, Delta]) -> dict[str, Tensor]: # name in the file -> A (r, in) or s·B (out, r)
+def vllm_tensors(adapter: Path, # an adapter/ folder
+                 deltas: dict[str, Delta] # from `read_deltas`
+                ) -> dict[str, Tensor]: # name in the file -> A (r, in) or s·B (out, r)
     "An adapter's factors in vLLM's layout, all of the largest rank."
     from safetensors import safe_open
-    tensors, rank = {}, max(d.rank for d in deltas.values())
+    rank = max(d.rank for d in deltas.values())
+    tensors = {}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         for d in deltas.values():
-            for module, a, b in zip(vllm_names(d), *factors(file, d)):
-                tensors[f"base_model.model.{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - d.rank)).contiguous()
-                tensors[f"base_model.model.{module}.lora_B.weight"] = F.pad(b, (0, rank - d.rank)).contiguous()
+            missing = rank - d.rank
+            for module, a, b in zip(vllm_names(d), *read_factors(file, d)):
+                name = f"base_model.model.{module}"
+                tensors[f"{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, missing)).contiguous()
+                tensors[f"{name}.lora_B.weight"] = F.pad(b, (0, missing)).contiguous()
     return tensors
 
 # %% ../../nbs/2_model/export.ipynb #f55a9164
-def vllm_config(config, deltas: dict[str, Delta]): # a `peft.LoraConfig`, before and after
-    "The configuration that belongs to `vllm_tensors`: one rank, a scale of 1, leaf names."
-    new, rank = copy.copy(config), max(d.rank for d in deltas.values())
-    new.r = new.lora_alpha = rank
-    new.rank_pattern, new.alpha_pattern, new.use_rslora, new.target_parameters, new.inference_mode = {}, {}, False, None, True
-    new.target_modules = sorted({n.rpartition(".")[2] for d in deltas.values() for n in vllm_names(d)})
+def vllm_config(config, # a `peft.LoraConfig`
+                deltas: dict[str, Delta] # from `read_deltas`
+               ) -> object: # another `peft.LoraConfig`
+    "The configuration that belongs to `vllm_tensors`."
+    new = copy.copy(config)
+    new.r = new.lora_alpha = max(d.rank for d in deltas.values())
+    new.rank_pattern, new.alpha_pattern = {}, {}
+    new.use_rslora = False
+    new.inference_mode = True
+    new.target_parameters = None
+    modules = [name for d in deltas.values() for name in vllm_names(d)]
+    new.target_modules = sorted({name.rpartition(".")[2] for name in modules})
     return new
 
 # %% ../../nbs/2_model/export.ipynb #8abfbcdc
 FORMATS = ("vllm", "peft")
 
-def export_card(format: str, base: str, rank: int) -> str: # Markdown with a model hub's header
+def _how_to_load(format: str, # one of `FORMATS`
+                 base: str, rank: int) -> str: # Markdown
+    "A command or a line of Python that loads an exported adapter."
+    if format == "vllm":
+        command = (f"vllm serve {base} --enable-lora --max-lora-rank {rank} "
+                   f"--lora-modules medmcqa=DIR"
+                   "   # rounded up to a rank that vLLM knows, such as 16")
+        return f"\n```bash\n{command}\n```\n"
+    python = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)"
+    return f"\n```python\n{python}\n```\n"
+
+def export_card(format: str, # one of `FORMATS`
+                base: str, rank: int) -> str: # Markdown with a model hub's header
     "An exported adapter's README."
-    serve = (f"\n```bash\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules medmcqa=DIR   # rounded up to a rank that vLLM knows, such as 16\n```\n"
-             if format == "vllm" else f"\n```python\nPeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)\n```\n")
-    return f"---\nlibrary_name: peft\ntags: [lora]\n---\n\nA LoRA adapter for {base}, exported by `medmcqa-lora export --format {format}`.\n{serve}"
+    return (
+        f"---\nlibrary_name: peft\ntags: [lora]\n---\n\nA LoRA adapter for {base}, exported by "
+        f"`medmcqa-lora export --format {format}`.\n{_how_to_load(format, base, rank)}")
 
 # %% ../../nbs/2_model/export.ipynb #ca9a2905
+def _read_for_export(adapter: Path, # an adapter/ folder
+                     base: str # "": as `find_base` says
+                    ) -> tuple[str, dict[str, Delta], object]: # base, deltas, PEFT model
+    "Check an adapter against its base; raises `ValueError`."
+    adapter_shapes(adapter)
+    check_plain_lora(adapter)
+    name = base or find_base(adapter)
+    if not name:
+        raise ValueError(
+            f"adapter {adapter}: doesn't say which model it was made for; name it with --base")
+    tuned = check_adapter(adapter, name)
+    deltas = read_deltas(adapter, tuned)
+    check_finite(adapter)
+    return name, deltas, tuned
+
 def export_adapter(adapter: Path, # an adapter/ folder
                    out: Path, # a new folder
                    format: str, # one of `FORMATS`
-                   base: str = "" # folder, hub id or built-in name; "": the one that the adapter was made for
+                   base: str = "" # folder, hub id or built-in name; "": as `find_base` says
                   ) -> dict: # base, tensors, rank
-    "Write an adapter in another layout, whole or not at all; raises `ValueError` before anything is written."
+    "Write an adapter in another layout; raises `ValueError` before anything is written."
     from safetensors.torch import save_file
-    if format not in FORMATS: raise ValueError(f"--format {format}: is not known{nearest(format, FORMATS)} (there are {', '.join(FORMATS)})")
-    check_new(out)
-    found = adapter_shapes(adapter)
-    check_kind(adapter)
-    if not (name := base or base_of(adapter)): raise ValueError(f"adapter {adapter}: doesn't say which model it was made for; name it with --base")
-    deltas = read_deltas(adapter, tuned := check_adapter(adapter, name))
-    check_finite(adapter)
-    check_room(out, 2 * (adapter / "adapter_model.safetensors").stat().st_size)  # experts are filled up to one rank
-    config, rank = copy.copy(tuned.peft_config["default"]), max(d.rank for d in deltas.values())
-    if format == "vllm": check_vllm(adapter, deltas, tuned.get_base_model().config.model_type); config = vllm_config(config, deltas)
+    if format not in FORMATS:
+        raise ValueError(
+            f"--format {format}: is not known{nearest(format, FORMATS)} "
+            f"(there are {', '.join(FORMATS)})")
+    check_new_folder(out)
+    name, deltas, tuned = _read_for_export(adapter, base)
+    weights = adapter / "adapter_model.safetensors"
+    check_room(out, 2 * weights.stat().st_size)  # experts are filled up to one rank
+    config = copy.copy(tuned.peft_config["default"])
+    rank = max(d.rank for d in deltas.values())
+    if format == "vllm":
+        check_vllm(adapter, deltas, tuned.get_base_model().config.model_type)
+        config = vllm_config(config, deltas)
     config.base_model_name_or_path = name
     with whole_folder(out) as work:
-        if format == "peft": shutil.copyfile(adapter / "adapter_model.safetensors", work / "adapter_model.safetensors")
-        else: found = vllm_tensors(adapter, deltas); save_file(found, work / "adapter_model.safetensors", {"format": "pt"})
-        (work / "adapter_model.safetensors").chmod(0o644)  # safetensors' own are private, and servers run as somebody else
+        exported = work / weights.name
+        if format == "peft": shutil.copyfile(weights, exported)
+        else: save_file(vllm_tensors(adapter, deltas), exported, {"format": "pt"})
+        exported.chmod(0o644)  # safetensors' own are private, and servers run as another user
         config.save_pretrained(str(work))
         write_whole(work / "README.md", export_card(format, name, rank))
-    return dict(base=name, tensors=len(found), rank=rank)
+    return dict(base=name, tensors=len(adapter_shapes(out)), rank=rank)
