@@ -10,11 +10,13 @@ __all__ = ['FORWARDS', 'Layer', 'room_of', 'frozen_matrix', 'active_adapters', '
 
 # %% ../../nbs/3_fast/layers.ipynb #82273665
 from types import MethodType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from .float8 import Float8Linear, Rows8, Weight8, product, weight_of, whole
+from medmcqa_lora.fast.float8 import (
+    Float8Linear, Rows8, Weight8, product, weight_of, whole,
+)
 from medmcqa_lora.fast.operations import (
     matmul_float32, norm_forward, relu2, relu2_grad, router_forward,
 )
@@ -28,7 +30,7 @@ class Layer(NamedTuple):
     scale: float = 1.0
     room: int = 0  # numbers of padding after each row of the weight, by `make_room`
 
-    def bare(self) -> "Layer":
+    def bare(self) -> Self:
         "The same without factors, for functions that take those as arguments of their own."
         return self._replace(a=None, b=None)
 
