@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEADING_LETTER', 'STATED_ANSWER', 'STATED_OPTION', 'GENERATED_TOKENS', 'GENERATION_BATCH', 'pad_left',
-           'generate_texts', 'parse_letter', 'generated', 'generate_answers', 'summarise_generations']
+           'generate_texts', 'parse_letter', 'generation_record', 'generate_answers', 'summarise_generations']
 
 # %% ../../nbs/5_evaluation/generation.ipynb #c52d4662
 import re
@@ -91,7 +91,7 @@ def parse_letter(
     return named[0] if len(named) == 1 else None
 
 # %% ../../nbs/5_evaluation/generation.ipynb #00d3ba24
-def generated(
+def generation_record(
     q: Question,
     text: str # what the model wrote
 ) -> dict: # as written to generations.jsonl
@@ -125,7 +125,7 @@ def generate_answers(
     def begin(batch):
         def records():
             texts = generate_texts(model, [rows[i] for i in batch], tokenizer, limit)
-            return [generated(questions[i], text) for i, text in zip(batch, texts)]
+            return [generation_record(questions[i], text) for i, text in zip(batch, texts)]
         return records
     run_batches(questions, rows, batches, output, "generations", begin)
 
