@@ -193,5 +193,6 @@ def score_questions(
     pad = tokenizer.pad_token_id
     def begin(batch):
         logprobs = letters_ahead(model, [rows[i] for i in batch], letters, pad, packed)
-        return lambda: [prediction(questions[i], x) for i, x in zip(batch, logprobs().tolist())]
+        return lambda: [prediction(questions[i], scores)
+                        for i, scores in zip(batch, logprobs().tolist())]
     run_batches(questions, rows, batches, output, "predictions", begin)

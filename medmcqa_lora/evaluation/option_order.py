@@ -91,7 +91,8 @@ def score_orders(
     pad = tokenizer.pad_token_id
     def begin(batch):
         logprobs = letters_ahead(model, [rows[i] for i in batch], letters, pad, packed)
-        return lambda: [order_record(ordered[i], x) for i, x in zip(batch, logprobs().tolist())]
+        return lambda: [order_record(ordered[i], scores)
+                        for i, scores in zip(batch, logprobs().tolist())]
     run_batches(ordered, rows, batches, output, "orders", begin)
     return ordered
 

@@ -28,8 +28,9 @@ def summarise(
     adapter: str | None # its folder; none: the base model
 ) -> dict: # as written to summary.json
     "Accuracy overall and by subject, with intervals and the baseline."
-    subjects = sorted({p["subject"] for p in predictions})
-    by_subject = {s: share([p for p in predictions if p["subject"] == s]) for s in subjects}
+    by_subject = {}
+    for subject in sorted({p["subject"] for p in predictions}):
+        by_subject[subject] = share([p for p in predictions if p["subject"] == subject])
     masses = [sum(map(math.exp, p["logprobs"].values())) for p in predictions]
     two_best = [sorted(p["logprobs"].values())[-2:] for p in predictions]
     return dict(

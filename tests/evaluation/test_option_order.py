@@ -19,7 +19,8 @@ from medmcqa_lora.data.questions import fingerprint, identity, load_evaluation, 
 from medmcqa_lora.data.schemas import LETTERS
 from medmcqa_lora.evaluation.letters import choose_scoring, encode_prompts
 from medmcqa_lora.evaluation.option_order import (
-    draw_orders, in_order, letter_bias, order_record, score_orders, summarise_orders, write_orders,
+    draw_orders, in_order, letter_bias, order_record, score_orders, summarise_orders,
+    write_orders,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, begin_evaluation, collect
 from medmcqa_lora.fast.apply import apply_fast_parts
