@@ -30,7 +30,8 @@ def summarise(
     "Accuracy overall and by subject, with intervals and the baseline."
     by_subject = {}
     for subject in sorted({p["subject"] for p in predictions}):
-        by_subject[subject] = share([p for p in predictions if p["subject"] == subject])
+        own = [p for p in predictions if p["subject"] == subject]
+        by_subject[subject] = share(own)
     masses = [sum(map(math.exp, p["logprobs"].values())) for p in predictions]
     two_best = [sorted(p["logprobs"].values())[-2:] for p in predictions]
     return dict(
