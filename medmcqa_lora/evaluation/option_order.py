@@ -17,154 +17,267 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt, seaborn as sns
 from matplotlib.figure import Figure
 from torch import nn
+from ..core.text import markdown_table
 from ..core.files import read_lines, save_figure, write_json, write_whole
 from ..core.recipe import Recipe
 from ..data.schemas import LETTERS
 from ..data.questions import Question
 from .statistics import mcnemar, paired_interval, wilson
-from .records import prediction, run_batches, whole_prediction
+from medmcqa_lora.evaluation.records import (
+    EvaluationOutput, prediction, run_batches, whole_prediction,
+)
 from .letters import encode_prompts, letters_ahead, scoring_batches
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #8c8b5522
-def draw_orders(k: int, # how many, 2 to 24
-                seed: int) -> list[str]: # such as ABCD, which is always the first
-    "Orders of four options, no two alike: the one in which they came, and others at random; raises `ValueError` for a number that there isn't."
-    every = ["".join(p) for p in permutations(LETTERS)]
-    if not 2 <= k <= len(every): raise ValueError(f"--orders {k}: four options have 24 orders; give 2 to 24")
-    return every[:1] + (every[1:] if k == len(every) else random.Random(seed).sample(every[1:], k - 1))
+def draw_orders(
+    k: int, # how many, 2 to 24
+    seed: int
+) -> list[str]: # such as "BADC"; the first is always ABCD
+    "Different orders of four options; raises `ValueError` for a k that is out of range."
+    original, *others = ["".join(p) for p in permutations(LETTERS)]
+    most = 1 + len(others)
+    if not 2 <= k <= most:
+        raise ValueError(f"--orders {k}: four options have 24 orders; give 2 to 24")
+    if k == most: return [original, *others]
+    return [original, *random.Random(seed).sample(others, k - 1)]
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #5391b5ba
-def in_order(q: Question, order: str # from `draw_orders`
-            ) -> Question: # with an id that names the order
+def in_order(
+    q: Question,
+    order: str # from `draw_orders`
+) -> Question: # with an id that names the order
     "A question with its options in another order."
-    return replace(q, id=f"{q.id}/{order}", options=tuple(q.options[LETTERS.index(c)] for c in order), answer=order.index(LETTERS[q.answer]))
+    options = tuple(q.options[LETTERS.index(letter)] for letter in order)
+    answer = order.index(LETTERS[q.answer])
+    return replace(q, id=f"{q.id}/{order}", options=options, answer=answer)
+
+def _split_id(id: str) -> tuple[str, str]: # a question's id, an order
+    question, _, order = id.rpartition("/")
+    return question, order
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #03bd6704
-def chosen_option(q: Question, # from `in_order`
-                  place: int # of the chosen option, 0 to 3
-                 ) -> str: # a letter of the order in which the options came
-    "Which option was chosen: of options with the same text, but for case and white space, the first."
-    texts, order = [" ".join(o.split()).lower() for o in q.options], q.id.rpartition("/")[2]
+def chosen_option(
+    q: Question, # from `in_order`
+    place: int # of the chosen option, 0 to 3
+) -> str: # a letter of the original order
+    "Which option was chosen; of options that differ in case and white space alone, the first."
+    _, order = _split_id(q.id)
+    texts = [" ".join(option.split()).lower() for option in q.options]
     return min(letter for letter, text in zip(order, texts) if text == texts[place])
 
-def order_record(q: Question, # from `in_order`
-                 logprobs: list[float] # of the four places
-                ) -> dict: # as written to orders.jsonl
-    "One question in one order."
-    found = prediction(q, logprobs)
-    return found | dict(choice=chosen_option(q, LETTERS.index(found["prediction"])), order=q.id.rpartition("/")[2])
+def order_record(
+    q: Question, # from `in_order`
+    logprobs: list[float] # of the letters A, B, C, D
+) -> dict: # as written to orders.jsonl
+    "The result of one question in one order."
+    record = prediction(q, logprobs)
+    choice = chosen_option(q, LETTERS.index(record["prediction"]))
+    return record | dict(choice=choice, order=_split_id(q.id)[1])
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #6041bfb5
-def score_orders(model: nn.Module, tokenizer, questions: list[Question], orders: list[str], # from `draw_orders`
-                 recipe: Recipe, folder: Path, # exists
-                 rank: int = 0, world_size: int = 1, # this process among all
-                 quiet: bool = False, # no progress bar
-                 packed: bool = False # from `choose_scoring`
-                ) -> list[Question]: # in all orders, as `collect` takes them
+def score_orders(
+    model: nn.Module, # in eval mode
+    tokenizer,
+    questions: list[Question],
+    orders: list[str], # from `draw_orders`
+    recipe: Recipe,
+    output: EvaluationOutput,
+    packed: bool = False # from `choose_scoring`
+) -> list[Question]: # in all orders, as `collect` expects them
     "Score questions in several orders and append to this process' orders file."
-    every = [in_order(q, o) for q in questions for o in orders]
-    rows, letters = encode_prompts(every, tokenizer, recipe)
-    def score(batch):
-        logprobs = letters_ahead(model, [rows[i] for i in batch], letters, tokenizer.pad_token_id, packed)
-        return lambda: [order_record(every[i], lp) for i, lp in zip(batch, logprobs().tolist())]
-    run_batches(every, rows, scoring_batches(rows, recipe.per_device_eval_batch_size, packed), folder, "orders", score, rank, world_size, quiet)
-    return every
+    ordered = [in_order(q, order) for q in questions for order in orders]
+    rows, letters = encode_prompts(ordered, tokenizer, recipe)
+    batches = scoring_batches(rows, recipe.per_device_eval_batch_size, packed)
+    pad = tokenizer.pad_token_id
+    def begin(batch):
+        logprobs = letters_ahead(model, [rows[i] for i in batch], letters, pad, packed)
+        return lambda: [order_record(ordered[i], scores)
+                        for i, scores in zip(batch, logprobs().tolist())]
+    run_batches(ordered, rows, batches, output, "orders", begin)
+    return ordered
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #718665f4
-def options_by_question(records: list[dict] # lines of orders.jsonl
-                       ) -> dict[str, set[str]]: # id -> options chosen in any order
+def options_by_question(
+    records: list[dict] # lines of orders.jsonl
+) -> dict[str, set[str]]: # id -> options chosen in any order
     "Which options each question got."
-    found = defaultdict(set)
-    for r in records: found[r["id"].rpartition("/")[0]].add(r["choice"])
-    return dict(found)
+    chosen = defaultdict(set)
+    for r in records: chosen[_split_id(r["id"])[0]].add(r["choice"])
+    return dict(chosen)
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #b8cb90e5
-def summarise_orders(records: list[dict] # lines of orders.jsonl
-                    ) -> dict: # as in summary.json
-    "Accuracy over orders, share of questions whose chosen option changes with it, share of each letter."
-    by_order, by_question = defaultdict(list), options_by_question(records)
-    for r in records: by_order[r["order"]].append(r["correct"])
-    accuracy = {o: round(mean(c), 6) for o, c in by_order.items()}
-    changed = sum(len(c) > 1 for c in by_question.values())
+def summarise_orders(
+    records: list[dict] # lines of orders.jsonl
+) -> dict: # as in summary.json
+    "Accuracy over orders, share of questions whose option changes, share of each letter."
+    correct = defaultdict(list)
+    for r in records: correct[r["order"]].append(r["correct"])
+    by_order = {order: round(mean(values), 6) for order, values in correct.items()}
+    accuracies = by_order.values()
+    chosen = options_by_question(records)
+    n, changed = len(chosen), sum(len(options) > 1 for options in chosen.values())
     letters = Counter(r["prediction"] for r in records)
-    return dict(n=len(by_question), orders=len(accuracy), accuracy=round(mean(accuracy.values()), 6), spread=round(stdev(accuracy.values()), 6), lowest=min(accuracy.values()), highest=max(accuracy.values()),
-                changed=round(changed / len(by_question), 6), changed_ci95=wilson(changed, len(by_question)), letters={c: round(letters[c] / len(records), 6) for c in LETTERS}, by_order=accuracy)
+    return dict(
+        n=n,
+        orders=len(by_order),
+        accuracy=round(mean(accuracies), 6),
+        spread=round(stdev(accuracies), 6),
+        lowest=min(accuracies),
+        highest=max(accuracies),
+        changed=round(changed / n, 6),
+        changed_ci95=wilson(changed, n),
+        letters={letter: round(letters[letter] / len(records), 6) for letter in LETTERS},
+        by_order=by_order,
+    )
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #2fcae4ee
-def describe_orders(s: dict # from `summarise_orders`
-                   ) -> str: # one sentence
+def describe_orders(
+    s: dict # from `summarise_orders`
+) -> str: # one sentence
     "What the orders show, in words."
-    return (f"{s['orders']} orders of the options: accuracy {s['accuracy']:.2%} in the mean ({s['lowest']:.2%} to {s['highest']:.2%}, standard deviation {s['spread']:.2%}); "
-            f"another option chosen in another order for {s['changed']:.1%} [{s['changed_ci95'][0]:.1%}, {s['changed_ci95'][1]:.1%}] of {s['n']:,} questions; letters " + ", ".join(f"{c} {x:.1%}" for c, x in s["letters"].items()))
+    low, high = s["changed_ci95"]
+    letters = ", ".join(f"{letter} {x:.1%}" for letter, x in s["letters"].items())
+    return (f"{s['orders']} orders of the options: accuracy {s['accuracy']:.2%} in the mean "
+            f"({s['lowest']:.2%} to {s['highest']:.2%}, standard deviation {s['spread']:.2%}); "
+            f"another option chosen in another order for {s['changed']:.1%} "
+            f"[{low:.1%}, {high:.1%}] of {s['n']:,} questions; letters {letters}")
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #39b0957d
-def plot_orders(models: dict[str, dict] # name -> from `summarise_orders`
-               ) -> Figure: # accuracies of orders; shares of letters
+def plot_orders(
+    models: dict[str, dict] # name -> from `summarise_orders`
+) -> Figure: # accuracies of orders; shares of letters
     "Accuracy by order, and the letters chosen over all orders."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=(2, 1), layout="constrained")
-    points = [(f"{name}\n{s['orders']} orders of\nn = {s['n']:,}", a) for name, s in models.items() for a in s["by_order"].values()]
-    sns.stripplot(x=[a for _, a in points], y=[n for n, _ in points], hue=[n for n, _ in points], jitter=0.2, ax=left, legend=False)
+    labels, accuracies = [], []  # one per order
+    names, letters, shares = [], [], []  # one per letter
+    for name, s in models.items():
+        label = f"{name}\n{s['orders']} orders of\nn = {s['n']:,}"
+        accuracies += s["by_order"].values()
+        labels += [label] * len(s["by_order"])
+        letters += LETTERS
+        shares += s["letters"].values()
+        names += [name] * len(LETTERS)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=(2, 1),
+                                      layout="constrained")
+    sns.stripplot(x=accuracies, y=labels, hue=labels, jitter=0.2, ax=left, legend=False)
     left.set(xlabel="accuracy, a point an order", ylabel="")
-    sns.barplot(x=[c for _ in models for c in LETTERS], y=[x for s in models.values() for x in s["letters"].values()], hue=[n for n in models for _ in LETTERS], ax=right)
+    sns.barplot(x=letters, y=shares, hue=names, ax=right)
     right.axhline(0.25, ls=":", color="grey")
     right.set(xlabel="letter chosen", ylabel="share over all orders")
     plt.close(fig)
     return fig
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #3f0e83fb
-def letter_bias(letters: dict[str, float] # share of each letter over all orders
-               ) -> float: # 0 to 0.75
-    "How far the chosen letters are from a quarter each: half the sum of the distances (total variation)."
+def letter_bias(
+    letters: dict[str, float] # share of each letter over all orders
+) -> float: # 0 to 0.75
+    "How far the chosen letters are from a quarter each (total variation distance)."
     return round(sum(abs(x - 1 / len(LETTERS)) for x in letters.values()) / 2, 6)
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #0ac4ccb1
-def read_orders(folder: Path # of an evaluation
-               ) -> list[dict]: # lines of orders.jsonl; empty: not scored
-    "What an evaluation found in several orders; raises `ValueError` for a line that isn't one."
-    lines = read_lines(file := folder / "orders.jsonl")
-    for n, r in enumerate(lines, 1):
-        whole = whole_prediction(r) and r.get("choice") in [*LETTERS] and sorted(str(r.get("order"))) == sorted(LETTERS) and r["id"].endswith(f"/{r['order']}")
-        if not whole: raise ValueError(f"{file}: line {n} is not a question in an order (id, order, choice, prediction, correct); evaluate again with --orders")
-    return lines
+def _is_order_record(record: dict) -> bool:
+    if not whole_prediction(record) or record.get("choice") not in list(LETTERS): return False
+    order = record.get("order")
+    return sorted(str(order)) == list(LETTERS) and record["id"].endswith(f"/{order}")
+
+def read_orders(
+    folder: Path # of an evaluation
+) -> list[dict]: # lines of orders.jsonl; empty: not scored
+    "The records of several orders; raises `ValueError` for a line that isn't one."
+    file = folder / "orders.jsonl"
+    records = read_lines(file)
+    for number, record in enumerate(records, 1):
+        if not _is_order_record(record):
+            raise ValueError(f"{file}: line {number} is not a question in an order (id, order, "
+                             "choice, prediction, correct); evaluate again with --orders")
+    return records
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #1ecad5c2
-def compare_orders(base: list[dict], tuned: list[dict] # lines of orders.jsonl, of the same questions in the same orders
-                  ) -> dict: # base, tuned (as in summary.json, with letter_bias); steadied, unsettled; changed_difference, changed_ci95, p_value
-    "Both models over the orders, and for how many questions the option stopped or began to change with them; raises `ValueError` unless orders and questions are the same."
-    if apart := {r["id"] for r in base} ^ {r["id"] for r in tuned}: raise ValueError(f"{len(apart):,} orders of questions were scored for one model only (first {min(apart)})")
-    sides = {name: s | dict(letter_bias=letter_bias(s["letters"])) for name, s in (("base", summarise_orders(base)), ("tuned", summarise_orders(tuned)))}
+def _count_steadied(
+    before: dict[str, set[str]], after: dict[str, set[str]] # from `options_by_question`
+) -> int:
+    return sum(len(before[id]) > 1 and len(after[id]) == 1 for id in before)
+
+def compare_orders(
+    base: list[dict], # lines of orders.jsonl
+    tuned: list[dict] # lines of the same questions in the same orders
+) -> dict: # base and tuned with letter_bias; steadied to p_value
+    "What tuning did to the orders; raises `ValueError` unless orders and questions are the same."
+    unpaired = {r["id"] for r in base} ^ {r["id"] for r in tuned}
+    if unpaired:
+        raise ValueError(f"{len(unpaired):,} orders of questions were scored for one model only "
+                         f"(first {min(unpaired)})")
+    models = {}
+    for name, records in (("base", base), ("tuned", tuned)):
+        summary = summarise_orders(records)
+        models[name] = summary | dict(letter_bias=letter_bias(summary["letters"]))
     before, after = options_by_question(base), options_by_question(tuned)
-    steadied, unsettled = (sum(len(a[i]) > 1 == len(b[i]) for i in a) for a, b in ((before, after), (after, before)))
-    return sides | dict(steadied=steadied, unsettled=unsettled, changed_difference=round((unsettled - steadied) / len(before), 6),
-                        changed_ci95=paired_interval(unsettled, steadied, len(before)), p_value=mcnemar(unsettled, steadied))
+    steadied, unsettled = _count_steadied(before, after), _count_steadied(after, before)
+    n = len(before)
+    return models | dict(
+        steadied=steadied,
+        unsettled=unsettled,
+        changed_difference=round((unsettled - steadied) / n, 6),
+        changed_ci95=paired_interval(unsettled, steadied, n),
+        p_value=mcnemar(unsettled, steadied),
+    )
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #8a289925
-def orders_table(c: dict # from `compare_orders`
-                ) -> str: # a Markdown table
+def orders_table(
+    c: dict # from `compare_orders`
+) -> str: # a Markdown table
     "Both models over the orders."
-    def row(name, s): return (f"| {name} | {s['accuracy']:.2%} | {s['lowest']:.2%} to {s['highest']:.2%} | {s['spread'] * 100:.2f} | {s['changed']:.1%} ({s['changed_ci95'][0]:.1%} to {s['changed_ci95'][1]:.1%}) | "
-                              f"{', '.join(f'{x:.0%}' for x in s['letters'].values())} | {s['letter_bias']:.3f} |")
-    return "\n".join([f"| {c['base']['orders']} orders of the options (n = {c['base']['n']:,}) | accuracy, mean | lowest to highest order | standard deviation, points | option changes with the order (95% interval) | A, B, C, D chosen | letter bias |",
-                      "|---|---|---|---|---|---|---|", row("base", c["base"]), row("tuned", c["tuned"])])
+    title = f"{c['base']['orders']} orders of the options (n = {c['base']['n']:,})"
+    rows = []
+    for name in ("base", "tuned"):
+        s = c[name]
+        low, high = s["changed_ci95"]
+        rows.append({
+            title: name,
+            "accuracy, mean": f"{s['accuracy']:.2%}",
+            "lowest to highest order": f"{s['lowest']:.2%} to {s['highest']:.2%}",
+            "standard deviation, points": f"{s['spread'] * 100:.2f}",
+            "option changes with the order (95% interval)":
+                f"{s['changed']:.1%} ({low:.1%} to {high:.1%})",
+            "A, B, C, D chosen": ", ".join(f"{x:.0%}" for x in s["letters"].values()),
+            "letter bias": f"{s['letter_bias']:.3f}",
+        })
+    return markdown_table(rows)
 
-def orders_in_words(c: dict # from `compare_orders`
-                   ) -> str: # three sentences
-    "What tuning did to the model's leaning."
+def _steadiness_verdict(c: dict) -> str:
+    if c["p_value"] >= 0.05: return "No change in steadiness that these questions could show"
+    if c["changed_difference"] < 0: return "The tuned model is steadier"
+    return "The tuned model is less steady"
+
+def orders_in_words(
+    c: dict # from `compare_orders`
+) -> str: # three sentences
+    "What tuning did to the model's preference for letters and places."
+    base, tuned = c["base"], c["tuned"]
     low, high = c["changed_ci95"]
-    found = "No change in steadiness that these questions could show" if c["p_value"] >= 0.05 else f"The tuned model is {'steadier' if c['changed_difference'] < 0 else 'less steady'}"
-    return (f"{found}: the option changes with the order for {c['base']['changed']:.1%} of the questions before and {c['tuned']['changed']:.1%} after, {c['changed_difference'] * 100:+.1f} points (95% interval {low * 100:+.1f} to {high * 100:+.1f}, n = {c['base']['n']:,}, exact McNemar p = {c['p_value']:.2g}). "
-            f"Letter bias went from {c['base']['letter_bias']:.3f} to {c['tuned']['letter_bias']:.3f} (0: a quarter each; 0.75: always one letter). Options of equal text count as one.")
+    return (f"{_steadiness_verdict(c)}: the option changes with the order for "
+            f"{base['changed']:.1%} of the questions before and {tuned['changed']:.1%} after, "
+            f"{c['changed_difference'] * 100:+.1f} points (95% interval {low * 100:+.1f} to "
+            f"{high * 100:+.1f}, n = {base['n']:,}, exact McNemar p = {c['p_value']:.2g}). "
+            f"Letter bias went from {base['letter_bias']:.3f} to {tuned['letter_bias']:.3f} "
+            "(0: a quarter each; 0.75: always one letter). Options of equal text count as one.")
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #37d8f098
-def write_orders(base_dir: Path, tuned_dir: Path, # finished evaluations of the same questions
-                 out: Path | None = None # folder for orders.md, orders.json and figures/orders.png
-                ) -> str: # Markdown: table and sentences; a sentence where they can't be set side by side; empty: no orders
-    "Compare two models over orders of the options; raises `ValueError` for a line that is no record."
+def write_orders(
+    base_dir: Path, # a finished evaluation
+    tuned_dir: Path, # another of the same questions
+    out: Path | None = None # folder for orders.md, orders.json and figures/orders.png
+) -> str: # Markdown; empty: no orders
+    "Compare two models over orders; raises `ValueError` for a line that is no record."
     base, tuned = read_orders(base_dir), read_orders(tuned_dir)
     if not base and not tuned: return ""
-    if not (base and tuned): return f"Orders of the options were scored for the {'base' if base else 'tuned model'} alone; evaluate both with the same --orders to see what tuning did to its leaning.\n"
+    if not base or not tuned:
+        model = "base" if base else "tuned model"
+        return (f"Orders of the options were scored for the {model} alone; evaluate both with the "
+                "same --orders to see what tuning did to its leaning.\n")
     try: c = compare_orders(base, tuned)
-    except ValueError as e: return f"Orders of the options can't be set side by side: {e}; evaluate both with the same --orders and seed.\n"
+    except ValueError as e:
+        return (f"Orders of the options can't be set side by side: {e}; "
+                "evaluate both with the same --orders and seed.\n")
     text = f"{orders_table(c)}\n\n{orders_in_words(c)}\n"
     if out is None: return text
     save_figure(plot_orders({"base": c["base"], "tuned": c["tuned"]}), out / "figures/orders.png")
