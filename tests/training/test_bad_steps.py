@@ -594,7 +594,7 @@ if any("ipykernel" in word for word in sys.orig_argv):
     (("medmcqa_lora.model.load", "_load_hf"), "train",
      "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; "
      "see who else uses the memory"),
-    (("medmcqa_lora.evaluation.letters", "letters_ahead"), "evaluate",
+    (("medmcqa_lora.evaluation.letters", "begin_letter_logprobs"), "evaluate",
      "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
 ], ids=["loading", "scoring"])
 def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
