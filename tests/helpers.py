@@ -1,5 +1,8 @@
 """What several test files share: checks of a command's output, a demo's folder, a short run."""
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from medmcqa_lora.core.files import read_lines
@@ -42,3 +45,24 @@ def trained(folder, packed: bool, **settings):
     folder.mkdir()
     train(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
     return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
+
+
+def reset_signals() -> None:
+    """For `preexec_fn`: under nohup or in a background job, a child inherits ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(command: list[str], **popen) -> subprocess.Popen:
+    """A process that ends on signals, however the tests were started."""
+    first = popen.pop("preexec_fn", None)
+
+    def prepare():
+        reset_signals()
+        if first:
+            first()
+
+    return subprocess.Popen(command, preexec_fn=prepare, **popen)
