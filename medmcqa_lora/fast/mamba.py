@@ -113,17 +113,17 @@ def scan_backward(g: Tensor, # (T, inner) gradient of `scan_forward`'s result
     "The gradient of `scan_forward` for the projection's result."
     from medmcqa_lora.fast.kernels.convolution import conv_backward
     from medmcqa_lora.fast.kernels.elementwise import gated_norm_backward
-    from medmcqa_lora.fast.kernels.scan import dt_backward, ssd_backward
+    from medmcqa_lora.fast.kernels.scan import ScanInputs, StepInputs, dt_backward, ssd_backward
     z, strip, raw = sizes.strips(projected)
     s = conv_and_scan(projected, first, weights, sizes)
     grad, dmixed = torch.empty_like(projected), torch.empty_like(s.mixed)
     dz, dstrip, draw = sizes.strips(grad)  # each is written by a kernel
     group = s.y[0].numel() // sizes.groups
     dy = gated_norm_backward(g, s.y.flatten(1), z, weights.norm, sizes.eps, group, dz)
-    ddt, da = ssd_backward(dy.view_as(s.y), *sizes.parts(s.mixed), s.dt, s.a, weights.D,
-                           first, last, *sizes.parts(dmixed))
-    dt_backward(da, ddt, raw, weights.dt_bias, weights.A, first, last,
-                sizes.low, sizes.high, draw)
+    scanned = ScanInputs(*sizes.parts(s.mixed), s.dt, s.a, weights.D, first)
+    ddt, da = ssd_backward(dy.view_as(s.y), scanned, last, sizes.parts(dmixed))
+    stepped = StepInputs(raw, weights.dt_bias, weights.A, first, sizes.low, sizes.high)
+    dt_backward(da, ddt, stepped, last, draw)
     conv_backward(dmixed, strip, weights.conv, weights.conv_bias, first, dstrip)
     return grad
 
