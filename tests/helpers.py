@@ -13,7 +13,7 @@ from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 
 def check_one_line(result, *expected):
@@ -43,7 +43,7 @@ def trained(folder, packed: bool, **settings):
     encoded, evaluation = (encode_questions(r.questions, tokenizer, recipe) for r in (rows, held_out))
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
     folder.mkdir()
-    train(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
+    run_training(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
     return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 

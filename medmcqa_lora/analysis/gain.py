@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AS_IT_IS', 'NO_PRIOR', 'RULES', 'remove_prior', 'correct_by_id', 'letter_logprobs_of', 'read_reference',
            'read_options', 'Answers', 'read_answers', 'resampled_parts', 'paired_p', 'format_p', 'rest_p', 'GainSplit',
-           'split_gain', 'shown', 'gain_verdict', 'subject_gains']
+           'split_gain', 'sign_of_part', 'gain_verdict', 'subject_gains']
 
 # %% ../../nbs/6_analysis/gain.ipynb #8dd9bf04
 from collections import Counter
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core.files import read_lines
 from ..data.schemas import LETTERS
-from ..evaluation.records import read_evaluation, whole_prediction
+from ..evaluation.records import read_evaluation, is_prediction
 from medmcqa_lora.evaluation.statistics import (
     bootstrap_intervals, holm, mcnemar, paired_interval, smallest_difference,
 )
@@ -74,7 +74,7 @@ def read_reference(folder: Path,
 # %% ../../nbs/6_analysis/gain.ipynb #0eec596c
 def _check_predictions(lines: list[dict], file: Path) -> None:
     for n, p in enumerate(lines, 1):
-        if not whole_prediction(p):
+        if not is_prediction(p):
             raise ValueError(f"{file}: line {n} is not a prediction (id, subject, answer, "
                              "prediction, correct); evaluate again")
 
@@ -221,7 +221,7 @@ def split_gain(a: Answers) -> GainSplit: # with intervals and p-values
     )
 
 # %% ../../nbs/6_analysis/gain.ipynb #af5e559d
-def shown(interval: list[float], # [low, high]
+def sign_of_part(interval: list[float], # [low, high]
           p: float # of the exact test
          ) -> str: # more, less or open
     "Whether a part is more than nothing, less, or neither can be said."
@@ -261,8 +261,8 @@ def _rule_for(found: tuple[str, str, str]) -> tuple: # total, format, rest: more
 
 def gain_verdict(s: GainSplit) -> str: # one sentence
     "What a split shows, by the first of `RULES` that fits."
-    found = (shown(s.total_ci95, s.total_p), shown(s.format_ci95, s.format_p),
-             shown(s.rest_ci95, s.rest_p))
+    found = (sign_of_part(s.total_ci95, s.total_p), sign_of_part(s.format_ci95, s.format_p),
+             sign_of_part(s.rest_ci95, s.rest_p))
     points = {k: f"{getattr(s, k) * 100:.1f}" for k in ("total", "format", "rest")}
     return _rule_for(found)[3].format(
         **points, below=f"{-s.rest * 100:.1f}", n=f"{s.n:,}", best=s.best,

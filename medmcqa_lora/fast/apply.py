@@ -15,13 +15,13 @@ from ..core.environment import INSTALL, memory_explained, missing_kernels
 from ..core.recipe import Recipe
 from .blocks import speed_up, to_float8
 from .experts import is_grouped
-from .float8 import multiplies8, weights8
+from .float8 import has_float8_product, float8_weights
 from .layers import is_fused
 from .mamba import LONGEST, can_scan, has_own_scan
 from .operations import use_triton
 from .packing import isolate_examples, sees_borders
 from ..model.load import describe_loading_error
-from ..model.resolve import is_nano, load_config, resolve_model
+from ..model.resolve import is_nano_30b, load_config, resolve_model
 
 # %% ../../nbs/3_fast/apply.ipynb #d617c78d
 def missing_packages(recipe: Recipe) -> list[str]: # keys of INSTALL
@@ -55,7 +55,7 @@ def check_kernels_early(recipe: Recipe # about to be run
     "Raises `ValueError` as `check_kernels` does, before anything large is read; asks no hub."
     if recipe.backend != "hf": return
     model = recipe.model
-    if not is_nano(model):
+    if not is_nano_30b(model):
         folder = resolve_model(model, recipe.weights == "pretrained")
         if not Path(folder).is_dir(): return
     check_kernels(load_config(model).model_type, recipe)
@@ -124,10 +124,10 @@ def describe_blocks(model: nn.Module, recipe: Recipe) -> list[str]: # one line o
 
 def describe_float8(model: nn.Module) -> list[str]: # a line, or none
     "How many frozen matrices are 8 bits wide."
-    narrow = list(weights8(model))
+    narrow = list(float8_weights(model))
     if not narrow: return []
     line = f"frozen matrices: 8-bit floats in {len(narrow)}, by rows and by columns"
-    slow = len(narrow) - sum(map(multiplies8, narrow))
+    slow = len(narrow) - sum(map(has_float8_product, narrow))
     if slow:
         line += (f"; {slow} of them multiplied as {narrow[0].dtype} numbers, slowly: that takes "
                  "a Hopper GPU and bfloat16")

@@ -16,10 +16,10 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, dequantise, multiplies8, quantise, weight_of, whole,
+    Rows8, Weight8, dequantise, has_float8_product, quantise, weight_of, unquantised,
 )
 from .layers import is_relu2
-from .operations import combine, relu2, relu2_grad, to_experts
+from .operations import combine, relu2, relu2_grad, dispatch_tokens
 
 # %% ../../nbs/3_fast/experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router
@@ -81,13 +81,13 @@ def expert_product(x: Tensor | Rows8, # (S, in) sorted by expert
                    ends: Tensor # (E,) int32, row where each expert ends
                   ) -> Tensor: # (S, out)
     "x Wᵀ with each expert's own W; in 8 bits if the matrices are."
-    if not isinstance(weight, Weight8): return grouped_product(whole(x), weight.mT, ends)
+    if not isinstance(weight, Weight8): return grouped_product(unquantised(x), weight.mT, ends)
     if not isinstance(x, Rows8): x = quantise(x)
     w = weight.rows
-    if multiplies8(weight):
-        from medmcqa_lora.fast.kernels.float8 import can_group8, grouped_rows8
+    if has_float8_product(weight):
+        from medmcqa_lora.fast.kernels.float8 import can_group8, grouped_matmul8
         if can_group8(x.values, w.values):
-            return grouped_rows8(x.values, x.scale, w.values, w.scale, ends, weight.dtype)
+            return grouped_matmul8(x.values, x.scale, w.values, w.scale, ends, weight.dtype)
     return grouped_product(dequantise(x, weight.dtype), dequantise(w, weight.dtype).mT, ends)
 
 # %% ../../nbs/3_fast/experts.ipynb #53053662
@@ -98,7 +98,7 @@ def expert_linear(x: Tensor | Rows8, # (S, in) sorted by expert
     "y = x Wᵀ + (x Aᵀ) B, with each expert's own W, A and B."
     y = expert_product(x, layer.weight, ends)
     if layer.a is None: return y, None
-    t = grouped_product(whole(x), layer.a.mT, ends)
+    t = grouped_product(unquantised(x), layer.a.mT, ends)
     return y.add_(grouped_product(t, layer.b, ends)), t
 
 def expert_linear_grad(g: Tensor | Rows8, # (S, out) gradient of y
@@ -111,7 +111,7 @@ def expert_linear_grad(g: Tensor | Rows8, # (S, out) gradient of y
     "The gradients of `expert_linear`; none for the frozen weight."
     dx = expert_product(g, layer.weight.mT, ends) if wanted else None
     if layer.a is None: return dx, None, None
-    g = whole(g)
+    g = unquantised(g)
     u = grouped_product(g, layer.b.mT, ends)
     if wanted: dx.add_(grouped_product(u, layer.a, ends))
     return dx, grouped_product(u.mT, x, ends), grouped_product(t.mT, g, ends)
@@ -155,7 +155,7 @@ class GroupedExperts(torch.autograd.Function):
         w = weights.reshape(-1, 1)[order]
         # tensors made within a call's arguments are freed when the call is done with them
         h, t_up = expert_linear(
-            to_experts(x.to(up.dtype), order, inverse), ExpertLayer(up, a_up, b_up), ends)
+            dispatch_tokens(x.to(up.dtype), order, inverse), ExpertLayer(up, a_up, b_up), ends)
         y, t_down = expert_linear(relu2(h, w), ExpertLayer(down, a_down, b_down), ends)
         saved = SavedExperts(None if a_up is None else x, w, h, t_up, t_down,
                              order, inverse, ends, a_up, b_up, a_down, b_down)
@@ -170,12 +170,12 @@ class GroupedExperts(torch.autograd.Function):
         s, dtype = SavedExperts(*ctx.saved_tensors), ctx.up.dtype
         up, down = ExpertLayer(ctx.up, s.a_up, s.b_up), ExpertLayer(ctx.down, s.a_down, s.b_down)
         da, da_down, db_down = expert_linear_grad(
-            to_experts(g.to(dtype), s.order, s.inverse),
+            dispatch_tokens(g.to(dtype), s.order, s.inverse),
             None if down.a is None else relu2(s.h, s.w),
             s.t_down, down, s.ends)
         dh, dw = relu2_grad(s.h, s.w, da)
         dx, da_up, db_up = expert_linear_grad(
-            dh, None if up.a is None else to_experts(s.x.to(dtype), s.order, s.inverse),
+            dh, None if up.a is None else dispatch_tokens(s.x.to(dtype), s.order, s.inverse),
             s.t_up, up, s.ends, ctx.needs_input_grad[0])
         if dx is not None: dx = combine(dx, s.inverse, ctx.k, ctx.dtype)
         d_weights = dw[s.inverse].view(-1, ctx.k)

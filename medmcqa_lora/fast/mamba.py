@@ -267,6 +267,6 @@ def find_documents(decoder: nn.Module, # a `NemotronHModel` with `use_varlen`
     if seq_idx is None or not isinstance(longest, int): longest = length
     if longest > LONGEST or not decoder.use_varlen: return None
     if not use_triton(next(decoder.parameters())): return None
-    from medmcqa_lora.fast.kernels.scan import document_ends
-    if seq_idx is None: return document_ends(ids.new_zeros(rows, length, dtype=torch.int32))
-    return document_ends(seq_idx.expand(rows, length))
+    from medmcqa_lora.fast.kernels.scan import document_bounds
+    if seq_idx is None: return document_bounds(ids.new_zeros(rows, length, dtype=torch.int32))
+    return document_bounds(seq_idx.expand(rows, length))

@@ -13,14 +13,14 @@ import json, logging, os, re, shutil, signal, sys, tempfile, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from ..core.files import shipped, write_json
+from ..core.files import shipped_file, write_json
 from ..core.text import one_line
 from ..core.untrusted import check_notebook
 from ..core.recipe import Recipe
-from ..core.progress import reported
+from ..core.progress import report_run
 from medmcqa_lora.launch.preflight import (
     check_folder, check_free, check_processes, check_recipe_here, check_same_weights, check_views,
-    new_folder_name, settle_parallel,
+    new_folder_name, resolve_parallel,
 )
 from .process_guard import STOP_SIGNALS, exit_after_signal, guarded
 from .hosts import Nodes, announce_end, find_cause, own_address, watch_hosts
@@ -173,7 +173,7 @@ def write_job(logs: str, notebook: str, folder: Path, parameters: dict, nodes: N
     "Write job.json, which tells a worker what to execute."
     interface = own_address(nodes.rdzv_endpoint)[1] if nodes.nnodes > 1 else ""
     write_json(Path(logs) / "job.json", dict(
-        notebook=str(shipped(notebook)), name=Path(notebook).stem, parameters=parameters,
+        notebook=str(shipped_file(notebook)), name=Path(notebook).stem, parameters=parameters,
         folder=str(folder.absolute()), cwd=os.getcwd(), launcher=os.getpid(), patience=grace,
         restarts=nodes.max_restarts > 0, interface=interface))
 
@@ -220,7 +220,7 @@ def launch_train(recipe: Recipe,
                  nodes: Nodes = Nodes() # the hosts; one by default
                 ) -> Path: # the run's folder
     "Train through `runs/train.ipynb`; raises `ValueError` before it writes, `LaunchError` after."
-    from medmcqa_lora.training.checkpoints import check_launch_room, check_resume
+    from medmcqa_lora.training.checkpoints import check_launch_space, check_resume
     several_hosts = nodes.nnodes > 1
     if several_hosts: # before torch is imported: its store warns of every host that leaves
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -232,12 +232,12 @@ def launch_train(recipe: Recipe,
     if resume: check_resume(folder, processes)
     if not several_hosts: check_free(folder)  # other hosts of this run may be this machine
     warn_if_slow(nproc, nodes, quiet)
-    recipe = settle_parallel(recipe, processes)
-    check_notebook(shipped("nbs/runs/train.ipynb"))
+    recipe = resolve_parallel(recipe, processes)
+    check_notebook(shipped_file("nbs/runs/train.ipynb"))
     check_recipe_here(recipe, processes=processes)
-    check_launch_room(folder, recipe)
+    check_launch_space(folder, recipe)
     parameters = asdict(recipe) | dict(out=str(folder), resume=resume, quiet=quiet)
-    with reported(folder, "training", Interrupted, quiet, first=nodes.node_rank == 0):
+    with report_run(folder, "training", Interrupted, quiet, first=nodes.node_rank == 0):
         run_notebook("nbs/runs/train.ipynb", folder, parameters, nproc, nodes)
     return folder
 
@@ -279,7 +279,7 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     if recipe.parallel == "fsdp": # scoring takes a copy of the model in each process
         recipe = replace(recipe, parallel="auto")
     check_folder(folder, resume)
-    check_notebook(shipped("nbs/runs/evaluate.ipynb"))
+    check_notebook(shipped_file("nbs/runs/evaluate.ipynb"))
     check_free(folder)
     warn_if_slow(nproc, Nodes(), quiet)
     check_recipe_here(recipe, training=False)
@@ -287,6 +287,6 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     parameters = asdict(recipe) | dict(
         out=str(folder), resume=resume, adapter=str(adapter or ""),
         views=views, orders=scoring.orders, quiet=quiet)
-    with reported(folder, "evaluation", Interrupted, quiet):
+    with report_run(folder, "evaluation", Interrupted, quiet):
         run_notebook("nbs/runs/evaluate.ipynb", folder, parameters, nproc)
     return folder

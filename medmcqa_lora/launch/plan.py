@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from torch import nn
 from ..core.recipe import Recipe
 from ..model.checkpoint import block_index
-from ..model.load import weight_width
+from ..model.load import bytes_per_weight
 from ..model.lora import block_kind
 from medmcqa_lora.training.memory.fit import (
     check_fit, measured_rows, micro_batch_tokens, will_pack,
@@ -141,7 +141,7 @@ def link_bytes(total: int, outside: int, # parameters of the base, and of them t
     "What passes between GPUs."
     share = (gpus - 1) / gpus
     if recipe.parallel != "fsdp": return share * 2 * 4 * trainable
-    gathered = weight_width(recipe) * (2 * (total - outside) + outside) + 2 * 4 * trainable
+    gathered = bytes_per_weight(recipe) * (2 * (total - outside) + outside) + 2 * 4 * trainable
     return share * (recipe.gradient_accumulation_steps * gathered + 4 * trainable)
 
 # %% ../../nbs/7_launch/plan.ipynb #eeacdc7c

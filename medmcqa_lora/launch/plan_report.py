@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINTING', 'PARALLEL_LABELS', 'table_text', 'table_line', 'parameters_in_words', 'range_in_words',
            'memory_heads', 'sum_in_words', 'gib_in_words', 'show_memory', 'fit_in_words', 'batch_in_words', 'fit_lines',
            'describe_rows', 'describe_micro_batch', 'describe_lengths', 'plan_data', 'ParallelCost', 'parallel_cost',
-           'speed_lines', 'show_ways', 'meta_lora_report', 'describe_model', 'describe_lora', 'describe_plan']
+           'speed_lines', 'compare_parallel', 'meta_lora_report', 'describe_model', 'describe_lora', 'describe_plan']
 
 # %% ../../nbs/7_launch/plan_report.ipynb #3f88511b
 import json, math, warnings
@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 from ..core.text import size_in_words
-from ..core.files import shipped
+from ..core.files import shipped_file
 from ..core.recipe import Recipe
-from ..model.resolve import is_nano
-from ..model.checkpoint import planned_model
-from ..model.load import settle_dtype
+from ..model.resolve import is_nano_30b
+from ..model.checkpoint import model_structure
+from ..model.load import resolve_dtype
 from ..model.lora import count_trainable, lora_config, lora_report
 from ..fast.packing import ROW_MULTIPLE
 from ..training.memory.blocks import Block
@@ -138,7 +138,7 @@ def describe_micro_batch(recipe: Recipe) -> str:
 
 def describe_lengths(recipe: Recipe) -> str:
     "Where the lengths of questions come from."
-    source = json.loads(shipped("assets/lengths.json").read_text())
+    source = json.loads(shipped_file("assets/lengths.json").read_text())
     letters = "with their letter"
     if recipe.target != "letter":
         letters = f"with a letter alone (target {recipe.target} is longer)"
@@ -191,7 +191,7 @@ def speed_lines(total: int, # the model's parameters
     return lines | {"minutes an epoch": minutes}
 
 # %% ../../nbs/7_launch/plan_report.ipynb #6a0b9654
-def show_ways(model: nn.Module, # without LoRA, on the meta device
+def compare_parallel(model: nn.Module, # without LoRA, on the meta device
               recipe: Recipe, gpus: int, gpu_memory: float | None = None # GiB of one
              ) -> str: # aligned text
     "What each way to distribute a model over GPUs needs and costs."
@@ -224,7 +224,7 @@ def describe_model(recipe: Recipe, total: int, gpus: int) -> str:
     text = f"{recipe.model}: {parameters_in_words(total)} parameters"
     copies = "shares" if recipe.parallel == "fsdp" else "whole copies"
     if gpus > 1: text += f", {gpus} {copies}"
-    if is_nano(recipe.model): text += ", configuration shipped with the package"
+    if is_nano_30b(recipe.model): text += ", configuration shipped with the package"
     return text
 
 def describe_lora(recipe: Recipe, trainable: int, total: int) -> str:
@@ -237,12 +237,12 @@ def describe_lora(recipe: Recipe, trainable: int, total: int) -> str:
 def describe_plan(recipe: Recipe, gpus: int = 1, gpu_memory: float | None = None # GiB of one
                  ) -> str: # text
     "What a recipe would train, its memory, tokens and time; raises `ValueError` for bad targets."
-    model = planned_model(recipe.model)
+    model = model_structure(recipe.model)
     rows, tokens = epoch_tokens(recipe)
-    recipe = settle_dtype(recipe, model)
+    recipe = resolve_dtype(recipe, model)
     total = sum(p.numel() for p in model.parameters())
     kinds, blocks, largest = block_table(model), find_blocks(model, recipe), largest_block(model)
-    ways = show_ways(model, recipe, gpus, gpu_memory) if gpus > 1 else ""
+    ways = compare_parallel(model, recipe, gpus, gpu_memory) if gpus > 1 else ""
     report = meta_lora_report(model, recipe)  # from here on the model has an adapter
     trainable = int(report.trainable.sum())
     parts = memory_parts(total, trainable, recipe, gpus, largest)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'new_folder_name', 'check_folder', 'check_free', 'check_processes', 'is_local', 'local_shapes', 'gpu_gib',
-           'check_model_here', 'check_training_here', 'check_rows_here', 'check_recipe_here', 'settle_parallel',
+           'check_model_here', 'check_training_here', 'check_rows_here', 'check_recipe_here', 'resolve_parallel',
            'check_views', 'check_same_weights']
 
 # %% ../../nbs/7_launch/preflight.ipynb #e2bd8916
@@ -12,7 +12,7 @@ import os, time
 from dataclasses import replace
 from pathlib import Path
 from ..core.files import check_writable
-from ..core.folders import is_held
+from ..core.folders import is_locked
 from ..core.untrusted import check_name, read_object
 from ..core.recipe import Recipe
 from .process_guard import wait_until_free
@@ -45,7 +45,7 @@ def check_free(folder: Path # of a run, or not there yet
               ) -> None:
     "Raises `ValueError` if another run goes on in a folder."
     wait_until_free(folder)
-    if folder.is_dir() and is_held(folder):
+    if folder.is_dir() and is_locked(folder):
         raise ValueError(f"--out {folder}: another process writes there; "
                          "wait for it to end, stop it, or name another folder")
 
@@ -75,9 +75,9 @@ def is_local(recipe: Recipe) -> bool:
 
 def local_shapes(recipe: Recipe): # a model on the meta device; None: only the hub knows
     "The model's shapes, as far as this machine knows them."
-    from medmcqa_lora.model.checkpoint import planned_model
-    from medmcqa_lora.model.resolve import is_nano
-    if is_nano(recipe.model) or is_local(recipe): return planned_model(recipe.model)
+    from medmcqa_lora.model.checkpoint import model_structure
+    from medmcqa_lora.model.resolve import is_nano_30b
+    if is_nano_30b(recipe.model) or is_local(recipe): return model_structure(recipe.model)
     return None
 
 def gpu_gib() -> float:
@@ -116,11 +116,11 @@ def check_rows_here(recipe: Recipe, tokenizer, # None: not known here
     "Raises `ValueError` if local rows can't be read, or don't fit."
     from medmcqa_lora.data.leakage import load_pair
     from medmcqa_lora.data.questions import load_evaluation
-    from medmcqa_lora.data.sources import _is_path
+    from medmcqa_lora.data.sources import looks_like_path
     from medmcqa_lora.data.tokens import check_fits, encode_examples
     sources = [recipe.eval_data or recipe.data]
     if training: sources.append(recipe.data)
-    if not all(source == "sample" or _is_path(source) for source in sources): return
+    if not all(source == "sample" or looks_like_path(source) for source in sources): return
     rows = load_pair(recipe)[0] if training else load_evaluation(recipe)
     if not tokenizer: return
     if training: check_fits(rows.questions, tokenizer, recipe)
@@ -143,7 +143,7 @@ def check_recipe_here(recipe: Recipe, # about to be launched
     check_rows_here(recipe, tokenizer, training)
 
 # %% ../../nbs/7_launch/preflight.ipynb #2a82db89
-def settle_parallel(recipe: Recipe, processes: int # in all
+def resolve_parallel(recipe: Recipe, processes: int # in all
                    ) -> Recipe: # the same, or with `parallel = fsdp`
     "The recipe as it will be run on this machine's GPUs."
     import torch

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 import psutil
 from fastcore.basics import patch
-from ..core.files import DiskError, write_whole
+from ..core.files import DiskError, write_file
 
 # %% ../../nbs/7_launch/process_guard.ipynb #84a34636
 MARK = "MEDMCQA_LORA_RUN"  # environment variable of every process of a run
@@ -117,7 +117,7 @@ def write_notebooks_atomically(): # papermill's new handler of local files
 
         def write(self, buf, path):
             try:
-                write_whole(Path(self._cwd or ".") / path, buf)
+                write_file(Path(self._cwd or ".") / path, buf)
                 self.error = ""
             except DiskError as e: self.error = str(e)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBER_FIELDS', 'TEXT_FIELDS', 'REQUIRED_FIELDS', 'SILENCE_LIMIT', 'PROGRESS_LIMIT', 'STARTING_LIMIT', 'EARLIER',
-           'KINDS', 'STATUS_FIELDS', 'EXIT', 'is_valid_field', 'read_valid_beat', 'is_alive', 'progress_limit',
+           'KINDS', 'STATUS_FIELDS', 'EXIT_CODES', 'is_valid_field', 'read_valid_beat', 'is_alive', 'progress_limit',
            'state_of', 'last_checkpoint', 'state_from_files', 'last_logged', 'read_status', 'describe_progress',
            'describe_heartbeat', 'describe_status']
 
@@ -13,7 +13,7 @@ import math, socket, time
 from pathlib import Path
 import psutil
 from ..core.files import read_lines
-from ..core.progress import ENDED, STATES, clock, line_of, read_beat
+from ..core.progress import ENDED, STATES, format_duration, progress_line, read_heartbeat
 
 # %% ../../nbs/7_launch/status.ipynb #656e620d
 NUMBER_FIELDS = ("step", "steps", "loss", "tokens_per_s", "seconds_left", "time", "moved",
@@ -29,7 +29,7 @@ def is_valid_field(name: str, value) -> bool:
 
 def read_valid_beat(folder: Path) -> dict: # {} if there is none
     "The heartbeat in a folder; raises `ValueError` for values that no run writes."
-    facts = read_beat(folder)
+    facts = read_heartbeat(folder)
     fields = [f for f in (*NUMBER_FIELDS, *TEXT_FIELDS) if f in facts]
     bad = [f for f in fields if not is_valid_field(f, facts[f])]
     if facts.get("state", "training") not in STATES: bad.append("state")
@@ -81,10 +81,10 @@ def state_of(facts: dict, # a heartbeat
     limit = STARTING_LIMIT if facts["state"] == "starting" else SILENCE_LIMIT
     if silent > limit:
         where = f"{process} is there" if alive else f"is {facts['host']} there?"
-        return "stalled", f"no heartbeat for {clock(silent)}; {where}"
+        return "stalled", f"no heartbeat for {format_duration(silent)}; {where}"
     still = max(now - (facts.get("moved") or facts["time"]), 0)
     if still > progress_limit(facts):
-        return "stalled", f"it has not got on for {clock(still)}, though {process} lives"
+        return "stalled", f"it has not got on for {format_duration(still)}, though {process} lives"
     return "running", ""
 
 # %% ../../nbs/7_launch/status.ipynb #2f054d2f
@@ -145,7 +145,7 @@ def read_status(folder: Path) -> dict: # run, state, cause, alive, …; None whe
     return status | {field: known.get(field) for field in STATUS_FIELDS}
 
 # %% ../../nbs/7_launch/status.ipynb #44bc3072
-EXIT = dict(running=0, finished=0, failed=3, interrupted=4, stalled=5)  # of medmcqa-lora status
+EXIT_CODES = dict(running=0, finished=0, failed=3, interrupted=4, stalled=5)  # of medmcqa-lora status
 
 # %% ../../nbs/7_launch/status.ipynb #cb5173c9
 def describe_progress(s: dict) -> str: # a line, or empty
@@ -155,7 +155,7 @@ def describe_progress(s: dict) -> str: # a line, or empty
     if s["steps"]:
         known = dict(doing=s["doing"] or s["kind"] or "run", unit=unit, step=step)
         left = s["seconds_left"] if s["state"] == "running" else None
-        return line_of(s | known | dict(steps=int(s["steps"]), seconds_left=left))
+        return progress_line(s | known | dict(steps=int(s["steps"]), seconds_left=left))
     return f"{unit} {step:,}" if s["step"] else ""
 
 def describe_heartbeat(s: dict) -> str: # a line, or empty
@@ -163,7 +163,7 @@ def describe_heartbeat(s: dict) -> str: # a line, or empty
     unfinished = s["state"] in ("running", "stalled", "interrupted")
     if s["heartbeat_age_s"] is None or not unfinished: return ""
     alive = {True: ", alive", False: ", gone", None: ""}[s["alive"]]
-    return f"heartbeat: {clock(s['heartbeat_age_s'])} ago, process {s['pid']} on {s['host']}{alive}"
+    return f"heartbeat: {format_duration(s['heartbeat_age_s'])} ago, process {s['pid']} on {s['host']}{alive}"
 
 def describe_status(s: dict # from `read_status`
                    ) -> str: # lines

@@ -13,8 +13,8 @@ import json, os, re, signal, sys, time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from ..core.text import literal, one_line
-from ..core.progress import Passed
+from ..core.text import escape_braces, one_line
+from ..core.progress import FilteredOutput
 from medmcqa_lora.launch.process_guard import (
     STOP_SIGNALS, KernelShutdown, TolerantStream, end_with_parent, kernel_manager_class,
     last_output, write_notebooks_atomically,
@@ -122,7 +122,7 @@ def number_earlier_notebook(target: Path # such as train.ipynb
 def terminal_streams() -> dict: # arguments of `papermill.execute_notebook`
     "Streams that show a notebook's output on this process' stdout and stderr."
     has_bar = sys.stderr.isatty()
-    return {f"{name}_file": Passed(TolerantStream(getattr(sys, name)), has_bar)
+    return {f"{name}_file": FilteredOutput(TolerantStream(getattr(sys, name)), has_bar)
             for name in ("stdout", "stderr")}
 
 def papermill_arguments(job: dict, sockets: str, shutdown: KernelShutdown, shown: bool) -> dict:
@@ -149,7 +149,7 @@ def execute_notebook(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     arguments = papermill_arguments(job, sockets, shutdown, shown)
-    try: papermill.execute_notebook(literal(job["notebook"]), literal(target), **arguments)
+    try: papermill.execute_notebook(escape_braces(job["notebook"]), escape_braces(target), **arguments)
     except papermill.PapermillExecutionError as e:
         kind = failure_kind(e.ename, e.evalue, job["parameters"]["world_size"])
         return kind, failure_text(e.ename, e.evalue, e.exec_count, target)

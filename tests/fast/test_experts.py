@@ -583,7 +583,7 @@ def test_through_the_trainer(tmp_path: Path):
     from medmcqa_lora.data.leakage import load_pair
     from medmcqa_lora.data.tokens import encode_questions
     from medmcqa_lora.model.resolve import load_tokenizer
-    from medmcqa_lora.training.trainer import make_trainer, train
+    from medmcqa_lora.training.trainer import make_trainer, run_training
 
     settings = {
         "max_steps": "20", "save_steps": "20", "lora_targets": f"q_proj, in_proj, {UP}, {DOWN}",
@@ -598,7 +598,7 @@ def test_through_the_trainer(tmp_path: Path):
         if name == "theirs":
             undo_grouped_experts(model)
         folder.mkdir()
-        train(make_trainer(model, tokenizer, encoded, chosen, folder), folder)
+        run_training(make_trainer(model, tokenizer, encoded, chosen, folder), folder)
         losses.append([m["loss"] for m in read_lines(folder / "metrics.jsonl")])
     theirs, ours = losses
     assert len(ours) == 20 and ours[-1] < ours[0]

@@ -385,7 +385,7 @@ def test_scoring_killed_with_batches_under_way(tmp_path, monkeypatch, packed):
 
     complete = score("complete")
     assert set(complete) == {q.id for q in questions}
-    began, ahead = [], evaluation.letters_ahead
+    began, ahead = [], evaluation.begin_letter_logprobs
 
     def killed(*args):
         began.append(args)
@@ -393,7 +393,7 @@ def test_scoring_killed_with_batches_under_way(tmp_path, monkeypatch, packed):
             raise KeyboardInterrupt
         return ahead(*args)
 
-    monkeypatch.setattr(evaluation, "letters_ahead", killed)
+    monkeypatch.setattr(evaluation, "begin_letter_logprobs", killed)
     with pytest.raises(KeyboardInterrupt):
         score("cut")
     rows, _ = evaluation.encode_prompts(questions, tokenizer, recipe)

@@ -20,11 +20,11 @@ from conftest import ALL, ROOT, processes_with
 from helpers import COMMAND, start
 
 from medmcqa_lora.core.files import append_line, write_json
-from medmcqa_lora.core.progress import HEARTBEAT, LINE, end_elsewhere, identity, write_beat
+from medmcqa_lora.core.progress import HEARTBEAT, PROGRESS_LINE, end_elsewhere, process_identity, write_heartbeat
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.launch import status
 from medmcqa_lora.launch.launcher import launch_train
-from medmcqa_lora.launch.status import EXIT, is_alive, read_status, read_valid_beat, state_of
+from medmcqa_lora.launch.status import EXIT_CODES, is_alive, read_status, read_valid_beat, state_of
 
 BEAT = dict(state="training", kind="training", doing="train", unit="step", step=3, steps=10)
 
@@ -86,7 +86,7 @@ def check_stalled(folder: Path, pid: int, cli) -> None:
         stalled = wait_until(lambda: in_state(folder, "stalled"))
         assert stalled["alive"] and "no heartbeat for 0:00:0" in stalled["cause"]
         code, out, _ = cli("status", folder)
-        assert code == EXIT["stalled"] and "alive" in out
+        assert code == EXIT_CODES["stalled"] and "alive" in out
     os.kill(pid, signal.SIGCONT)
 
 
@@ -188,7 +188,7 @@ def test_a_terminal_has_a_bar(tmp_path, quiet):
     bar = (r"\rtrain: +\d+%\|.*\| \d+/100, loss [\d.]+, [\d,]+ tokens/s, 0:00:\d\d left"
            r"\x1b\[K\r")
     assert re.search(bar, text)
-    assert not LINE.search(text.replace("\r\x1b[K", ""))
+    assert not PROGRESS_LINE.search(text.replace("\r\x1b[K", ""))
     assert "run folder: " in text and f"adapter   {folder}/adapter" in text
     assert len(re.findall(r"train: 100%", text)) >= 1 and "Loading weights" not in text
 
@@ -201,11 +201,11 @@ def write(text: str | bytes, name: str = HEARTBEAT):
 
 def write_beat_with(**facts):
     """Writes a heartbeat of this process, with some facts of its own."""
-    return lambda folder: write_beat(folder, BEAT | identity() | facts)
+    return lambda folder: write_heartbeat(folder, BEAT | process_identity() | facts)
 
 
 def write_bad_metrics(folder: Path):
-    write_beat(folder, BEAT | identity())
+    write_heartbeat(folder, BEAT | process_identity())
     (folder / "metrics.jsonl").write_text("step 1\n")
 
 
@@ -250,13 +250,13 @@ def test_values_that_no_run_writes(tmp_path, facts):
 
 
 def test_a_loss_that_is_no_number_is_no_fault(tmp_path):
-    write_beat(tmp_path, dict(state="training", step=3, loss=math.nan) | identity())
+    write_heartbeat(tmp_path, dict(state="training", step=3, loss=math.nan) | process_identity())
     assert read_valid_beat(tmp_path)["loss"] is None
 
 
 def test_alive_without_progress_is_stalled():
     now = time.time()
-    beat = BEAT | identity() | dict(time=now, moved=now)
+    beat = BEAT | process_identity() | dict(time=now, moved=now)
     assert is_alive(beat)
     state, cause = state_of(beat | dict(time=now + 1000), now + 1000)
     assert state == "stalled"
@@ -268,7 +268,7 @@ def test_alive_without_progress_is_stalled():
 def test_numbers_come_from_the_heartbeat_or_the_log(tmp_path):
     run, earlier = tmp_path / "run", tmp_path / "earlier"
     run.mkdir()
-    write_beat(run, BEAT | identity())
+    write_heartbeat(run, BEAT | process_identity())
     end_elsewhere(run, "failed", "rank 1: broken")
     found = read_status(run)
     assert (found["state"], found["step"], found["checkpoint"]) == ("failed", 3, None)
@@ -284,7 +284,7 @@ def test_numbers_come_from_the_heartbeat_or_the_log(tmp_path):
 
 
 def test_exit_codes():
-    assert list(EXIT.values()) == [0, 0, 3, 4, 5]
+    assert list(EXIT_CODES.values()) == [0, 0, 3, 4, 5]
 
 
 def test_a_cause_can_do_nothing_to_a_terminal(tmp_path, cli):
@@ -303,7 +303,7 @@ def test_a_full_disk_does_not_stop_the_work(tmp_path):
     """The heartbeat is the one file whose loss costs nothing."""
     full = OSError(28, "No space left on device")
     with patch("medmcqa_lora.core.progress.write_json", side_effect=full):
-        write_beat(tmp_path, BEAT)
+        write_heartbeat(tmp_path, BEAT)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,14 +11,14 @@ from benchmarks.common import allocated_on_cpu
 from medmcqa_lora.fast import blocks as whole_blocks
 from medmcqa_lora.fast import operations
 from medmcqa_lora.fast.experts import undo_grouped_experts, use_grouped_experts
-from medmcqa_lora.fast.layers import undo_fused
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.fast.layers import unfuse
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.training.memory.activations import Pass, activation_peak, block_temporary, find_blocks
 from medmcqa_lora.training.memory.fit import RESERVE, largest_block, measured_pass, measured_rows, memory_parts, micro_batch_tokens, plan_memory, plan_pass, question_lengths
 from medmcqa_lora.launch.plan import kinds_table, link_bytes, nearest_measurement, plan_time
 from medmcqa_lora.launch.plan_report import describe_plan
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.fast.apply import apply_fast_parts
@@ -43,7 +43,7 @@ def test_predicted_peak_is_what_is_allocated(pattern, targets, dtype, checkpoint
     base = LlamaForCausalLM(small) if "L" in pattern else NemotronHForCausalLM(NemotronHConfig(hybrid_override_pattern=pattern, **EIGHTH))
     recipe = Recipe(lora_targets=targets, dtype=str(dtype).removeprefix("torch."))
     blocks, model = find_blocks(base.to(dtype), recipe), apply_fast_parts(attach_lora(base, recipe), recipe).train()
-    undo_fused(model)  # on the CPU its temporaries are others than on a GPU: see the next test; what it keeps is compared in launch.plan_report
+    unfuse(model)  # on the CPU its temporaries are others than on a GPU: see the next test; what it keeps is compared in launch.plan_report
     (use_grouped_experts if grouped else undo_grouped_experts)(model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,7 +109,7 @@ def test_predicted_temporaries_of_a_whole_mixture(monkeypatch, targets):
 
 @pytest.fixture(scope="module")
 def nano():
-    return planned_model(NANO)
+    return model_structure(NANO)
 
 
 def test_the_30b_models_blocks(nano):
@@ -158,10 +158,10 @@ def test_a_packed_row_of_todays_code(nano, monkeypatch):
     recipe = replace(load_recipe("nemotron_nano"), per_device_train_batch_size=289)
     blocks, p = find_blocks(nano, recipe), Pass(1, 16_640, examples=289, longest=225, whole=True, step=True)
     assert sum(activation_peak(nano.config, blocks, p, False)) / 2**30 == pytest.approx(25.71, rel=0.05)
-    table = json.loads(shipped("assets/measured.json").read_text())
+    table = json.loads(shipped_file("assets/measured.json").read_text())
     row = dict(way="whole", rows=289, length=56, tokens=16_316, computed=16_640, gradient_checkpointing=False, logits=0.02, tokens_per_s=34_000, peak_gib=84.7, packed=True, commit="0000000")
     table["own_rows"] = [r for r in table["own_rows"] if r["way"] != "whole"] + [row]
-    monkeypatch.setattr("medmcqa_lora.training.memory.fit.shipped", lambda name: type("Table", (), dict(read_text=lambda self: json.dumps(table)))() if name == "assets/measured.json" else shipped(name))
+    monkeypatch.setattr("medmcqa_lora.training.memory.fit.shipped_file", lambda name: type("Table", (), dict(read_text=lambda self: json.dumps(table)))() if name == "assets/measured.json" else shipped_file(name))
     assert measured_pass(measured_rows().iloc[-1]) == replace(p, longest=56)
     total = sum(q.numel() for q in nano.parameters())
     found, own = nearest_measurement(total, recipe, 16_640)
@@ -190,7 +190,7 @@ def test_the_30b_recipe_fits_into_80_gb_as_it_is(nano):
 
 
 def test_the_table_of_measurements_is_whole(nano):
-    table = json.loads(shipped("assets/measured.json").read_text())
+    table = json.loads(shipped_file("assets/measured.json").read_text())
     assert table["common"]["parameters"] == sum(p.numel() for p in nano.parameters())
     for row in measured_rows().to_dict("records"):
         assert row["way"] in ("plain", "kernels", "experts", "prototype", "whole") and row["tokens_per_s"] > 0 and 0 < row["logits"] <= 1

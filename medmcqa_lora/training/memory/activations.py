@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 from ...core.recipe import Recipe
 from ...model.checkpoint import block_index
-from ...model.lora import list_matrices, select
+from ...model.lora import list_matrices, select_matrices
 from medmcqa_lora.training.memory.blocks import (
     DOWN, UP, Block, Pass, block_kept, expert_size, head_size, mamba_pass, mamba_sizes,
     norm_kept, own_scan, square_copy,
@@ -29,7 +29,7 @@ def find_blocks(model: nn.Module, # without LoRA; may be on the meta device
     inside = [m for m in matrices if block_index(m.name) is not None]
     is_nemotron = model.config.model_type == "nemotron_h"
     if not is_nemotron and {m.target for m in inside} != LLAMA_TARGETS: return None
-    chosen = {m.name for m in select(matrices, recipe.lora_targets)}
+    chosen = {m.name for m in select_matrices(matrices, recipe.lora_targets)}
     kinds, ranks, trainable = {}, defaultdict(dict), defaultdict(int)  # by the block's index
     for m in inside:
         i = block_index(m.name)
