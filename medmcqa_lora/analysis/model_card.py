@@ -130,7 +130,8 @@ def _evaluated_record(c: Comparison, base: dict, tuned: dict, # summaries
         majority_baseline=c.majority_baseline,
         base={k: base[k] for k in ("accuracy", "ci95")},
         tuned={k: tuned[k] for k in ("accuracy", "ci95")},
-        gain=gain, verdict=verdict(c), results=header_results(base, tuned), limits=limits,
+        gain=gain, verdict=verdict(c),
+        results=header_results(base, tuned), limits=limits,
     )
 
 def write_run_card(run: Path, # from `card_run`

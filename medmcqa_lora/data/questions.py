@@ -172,7 +172,8 @@ def load_questions(source: str, # a file, `sample` or a hub id
     dropped = {id(q) for name in unusable for q in problems.get(name, [])}
     usable = distinct_ids([q for q in rows if id(q) not in dropped])
     if not usable:
-        raise ValueError(f"{source}: none of {len(rows)} rows is usable ({describe(problems)}); "
+        reason = describe(problems)
+        raise ValueError(f"{source}: none of {len(rows)} rows is usable ({reason}); "
                          "see medmcqa-lora check-data")
     return Loaded(usable[:limit], base, problems, source, len(rows), len(dropped))
 
