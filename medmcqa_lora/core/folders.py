@@ -97,7 +97,7 @@ HELD = {}  # folder -> the open descriptor that has the lock, of this process
 def hold(folder: Path, # a file will do, too
          patience: float = 20 # seconds to wait for another process
         ) -> None:
-    "Lock a folder until `release` or the process's end; raises `ValueError` if another has it."
+    "Lock a folder until `release` or exit; raises `ValueError` if another process has it."
     key = str(folder.resolve())
     if key in HELD: return
     handle = os.open(folder, os.O_RDONLY)

@@ -79,7 +79,9 @@ def check_name(out: Path, # as the command has it
               ) -> None:
     "Raises `ValueError` for an output's name that means something else than it seems."
     trick = path_trick(out)
-    if trick: raise ValueError(f"{option} {short(str(out), 120)}: {trick}; write out a plain path")
+    if not trick: return
+    shown = short(str(out), 120)
+    raise ValueError(f"{option} {shown}: {trick}; write out a plain path")
 
 # %% ../../nbs/0_core/untrusted.ipynb #882ddc1e
 def file_beside(index: Path, # the file that names another

@@ -7,7 +7,13 @@ from dataclasses import FrozenInstanceError, asdict
 import pytest
 from conftest import ROOT
 
-from medmcqa_lora.core.recipe import Recipe, expected, parse_value, problems, recipe_types
+from medmcqa_lora.core.recipe import (
+    Recipe,
+    expected,
+    parse_value,
+    problems,
+    recipe_types,
+)
 from medmcqa_lora.core.recipe_files import load_recipe, read_ini
 
 SECTIONS = read_ini(ROOT / "settings.ini").sections()
