@@ -626,6 +626,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'medmcqa_lora/core/progress.py'),
                                             'medmcqa_lora.core.progress.ended_elsewhere': ( '0_core/progress.html#ended_elsewhere',
                                                                                             'medmcqa_lora/core/progress.py'),
+                                            'medmcqa_lora.core.progress.first_facts': ( '0_core/progress.html#first_facts',
+                                                                                        'medmcqa_lora/core/progress.py'),
                                             'medmcqa_lora.core.progress.format_duration': ( '0_core/progress.html#format_duration',
                                                                                             'medmcqa_lora/core/progress.py'),
                                             'medmcqa_lora.core.progress.note_progress': ( '0_core/progress.html#note_progress',

@@ -15,11 +15,11 @@ from medmcqa_lora.core.folders import lock_folder, is_locked, unlock_folder, ato
 HOLD = """
 import sys
 from pathlib import Path
-from medmcqa_lora.core.folders import NAME as hold
-hold(Path(sys.argv[1]))
+from medmcqa_lora.core.folders import lock_folder
+lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 input()
-""".replace("NAME", hold.__name__)
+"""
 
 
 @pytest.fixture

@@ -309,8 +309,8 @@ def test_a_full_disk_does_not_stop_the_work(tmp_path):
 
 HOLD = """
 from pathlib import Path
-from medmcqa_lora.core.folders import hold
-hold(Path({folder!r}))
+from medmcqa_lora.core.folders import lock_folder
+lock_folder(Path({folder!r}))
 print('held', flush=True)
 input()
 """

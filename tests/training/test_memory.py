@@ -9,17 +9,17 @@ from conftest import ROOT, sampled
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from benchmarks.common import allocated_on_cpu
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.fast import blocks as fast_blocks
 from medmcqa_lora.fast import operations
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast.experts import undo_grouped_experts, use_grouped_experts
-from medmcqa_lora.fast.layers import undo_fused
+from medmcqa_lora.fast.layers import unfuse
 from medmcqa_lora.launch.plan import block_table, link_bytes, nearest_measurement, plan_time
 from medmcqa_lora.launch.plan_report import describe_plan, range_in_words
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.training.memory.activations import (
     activation_peak,
@@ -82,7 +82,7 @@ def test_predicted_peak_is_what_is_allocated(pattern, targets, dtype, checkpoint
     blocks = find_blocks(base, recipe)
     model = apply_fast_parts(attach_lora(base, recipe), recipe).train()
     # On the CPU the fused layers' temporaries are others than on a GPU: see the next test.
-    undo_fused(model)
+    unfuse(model)
     (use_grouped_experts if grouped else undo_grouped_experts)(model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -163,7 +163,7 @@ def test_predicted_temporaries_of_a_fused_mixture(monkeypatch, targets):
 
 @pytest.fixture(scope="module")
 def nano():
-    return planned_model(NANO)
+    return model_structure(NANO)
 
 
 def parameters(model) -> int:
@@ -236,9 +236,9 @@ def replace_table(monkeypatch, table: dict):
     measured = SimpleNamespace(read_text=lambda: json.dumps(table))
 
     def other(name):
-        return measured if name == "assets/measured.json" else shipped(name)
+        return measured if name == "assets/measured.json" else shipped_file(name)
 
-    monkeypatch.setattr("medmcqa_lora.training.memory.fit.shipped", other)
+    monkeypatch.setattr("medmcqa_lora.training.memory.fit.shipped_file", other)
 
 
 def test_a_packed_row_of_todays_code(nano, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_packed_row_of_todays_code(nano, monkeypatch):
     p = Pass(1, 16_640, examples=289, longest=225, whole=True, step=True)
     above = predicted_above(nano, find_blocks(nano, recipe), p, False)
     assert above == pytest.approx(25.71, rel=0.05)
-    table = json.loads(shipped("assets/measured.json").read_text())
+    table = json.loads(shipped_file("assets/measured.json").read_text())
     others = [r for r in table["own_rows"] if r["way"] != "whole"]
     replace_table(monkeypatch, table | {"own_rows": [*others, PACKED_ROW]})
     assert measured_pass(measured_rows().iloc[-1]) == replace(p, longest=56)
@@ -293,7 +293,7 @@ WAYS = ("plain", "kernels", "experts", "prototype", "whole")
 
 
 def test_the_table_of_measurements_is_complete(nano):
-    table = json.loads(shipped("assets/measured.json").read_text())
+    table = json.loads(shipped_file("assets/measured.json").read_text())
     assert table["common"]["parameters"] == parameters(nano)
     for row in measured_rows().to_dict("records"):
         assert row["way"] in WAYS and row["tokens_per_s"] > 0 and 0 < row["logits"] <= 1

@@ -149,7 +149,7 @@ from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast import blocks
 from medmcqa_lora.fast.packing import choose_packing
 from medmcqa_lora.training import step
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 from test_sharding import ALL, SITUATIONS, toy
 STEPS, calls = 2, Counter()
 def counted(function, name):
@@ -170,7 +170,7 @@ def trained(recipe, name="run", hooks=False):
     packed = choose_packing(base, rows.rows, recipe)[0]
     made = make_trainer(apply_fast_parts(attach_lora(base, recipe), recipe), tokenizer, rows, recipe, run, held_out, packed)
     if hooks: made.training_step.apart = False  # DistributedDataParallel adds gradients up by itself
-    train(made, run)
+    run_training(made, run)
     torch.distributed.barrier()
     made.logged = [m[k] for f, k in (("metrics.jsonl", "loss"), ("evals.jsonl", "eval_loss")) for m in read_lines(run / f)]
     return made
