@@ -64,8 +64,9 @@ def score_part(base: list[dict], tuned: list[dict] # predictions of the same que
     n = len(base)
     changes = [after["correct"] - before["correct"] for before, after in zip(base, tuned)]
     interval = paired_interval(changes.count(1), changes.count(-1), n)
-    return dict(n=n, base=accuracy_with_interval(base), tuned=accuracy_with_interval(tuned), difference=round(sum(changes) / n, 6),
-                difference_ci95=interval)
+    return dict(
+        n=n, base=accuracy_with_interval(base), tuned=accuracy_with_interval(tuned),
+        difference=round(sum(changes) / n, 6), difference_ci95=interval)
 
 def score_parts(base: list[dict], tuned: list[dict], # predictions of the same questions
                 kinds: dict[str, str] # from `read_overlaps`

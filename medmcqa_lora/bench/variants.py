@@ -241,7 +241,8 @@ def blocks_needed(recipe: Recipe
                  ) -> dict[str, int]: # LoRA target -> blocks, from the first, until one has it
     "How much of a model LoRA's targets need; raises `ValueError` for a target that it hasn't got."
     matrices = list_matrices(model_structure(recipe.model))
-    def first_block(target): return min(block_index(m.name) for m in select_matrices(matrices, [target]))
+    def first_block(target):
+        return min(block_index(m.name) for m in select_matrices(matrices, [target]))
     return {target: first_block(target) + 1 for target in recipe.lora_targets}
 
 # %% ../../nbs/8_bench/variants.ipynb #a43330cf

@@ -328,7 +328,8 @@ def run_cross_check(
     questions, source = loaded.questions, loaded.source
     rows = task_rows(source, recipe.eval_split, questions)
     if len(questions) < 2: raise ValueError(f"{source}: cross-check needs at least two questions")
-    say(f"{len(questions):,} of {loaded.read:,} rows of {source}; {describe_problems(loaded.problems)}")
+    problems = describe_problems(loaded.problems)
+    say(f"{len(questions):,} of {loaded.read:,} rows of {source}; {problems}")
     name = str(adapter) if adapter else None
     begin_evaluation(out, recipe, name, questions, resume)
     model, tokenizer = _load_scored_model(recipe, adapter), load_tokenizer(recipe)

@@ -21,10 +21,12 @@ from medmcqa_lora.fast.experts import (
     sort_by_expert, unwrap_experts, use_grouped_experts,
 )
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, quantise_weight, frozen_matmul, quantise, restore_weight, weight_of, unquantised,
+    Rows8, Weight8, frozen_matmul, quantise, quantise_weight, restore_weight, unquantised,
+    weight_of,
 )
 from medmcqa_lora.fast.layers import (
-    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad, linear_parts, pad_weight,
+    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad,
+    linear_parts, pad_weight,
     padded_linear,
 )
 from medmcqa_lora.fast.mamba import (
@@ -120,7 +122,8 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                              shared_up.a, shared_up.b, shared_down.a, shared_down.b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #2e9d1f32
-def dispatch_rows(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
+def dispatch_rows(x: Tensor | Rows8,
+                  order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
                   keep: bool # of 8-bit rows, the rows themselves, too
                  ) -> Tensor | Rows8: # (S, D)
     "Each token in the rows of its experts, as wide as it comes."

@@ -145,7 +145,8 @@ def read_status(folder: Path) -> dict: # run, state, cause, alive, …; None whe
     return status | {field: known.get(field) for field in STATUS_FIELDS}
 
 # %% ../../nbs/7_launch/status.ipynb #44bc3072
-EXIT_CODES = dict(running=0, finished=0, failed=3, interrupted=4, stalled=5)  # of medmcqa-lora status
+# exit codes of `medmcqa-lora status`
+EXIT_CODES = dict(running=0, finished=0, failed=3, interrupted=4, stalled=5)
 
 # %% ../../nbs/7_launch/status.ipynb #cb5173c9
 def describe_progress(s: dict) -> str: # a line, or empty
@@ -163,7 +164,8 @@ def describe_heartbeat(s: dict) -> str: # a line, or empty
     unfinished = s["state"] in ("running", "stalled", "interrupted")
     if s["heartbeat_age_s"] is None or not unfinished: return ""
     alive = {True: ", alive", False: ", gone", None: ""}[s["alive"]]
-    return f"heartbeat: {format_duration(s['heartbeat_age_s'])} ago, process {s['pid']} on {s['host']}{alive}"
+    age = format_duration(s["heartbeat_age_s"])
+    return f"heartbeat: {age} ago, process {s['pid']} on {s['host']}{alive}"
 
 def describe_status(s: dict # from `read_status`
                    ) -> str: # lines

@@ -149,7 +149,8 @@ def execute_notebook(job: dict, # as `run_notebook` writes it
     import papermill
     from nbclient.exceptions import DeadKernelError
     arguments = papermill_arguments(job, sockets, shutdown, shown)
-    try: papermill.execute_notebook(escape_braces(job["notebook"]), escape_braces(target), **arguments)
+    source, executed = escape_braces(job["notebook"]), escape_braces(target)
+    try: papermill.execute_notebook(source, executed, **arguments)
     except papermill.PapermillExecutionError as e:
         kind = failure_kind(e.ename, e.evalue, job["parameters"]["world_size"])
         return kind, failure_text(e.ename, e.evalue, e.exec_count, target)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..core.text import one_line, size_in_words
 from ..core.recipe import Recipe
 from medmcqa_lora.core.environment import (
-    compute_device, find_mamba_kernels, has_float8, memory_explained, own_generator, describe_shortage,
+    compute_device, describe_shortage, find_mamba_kernels, has_float8, memory_explained,
+    own_generator,
 )
 from .resolve import load_config, resolve_model
 from medmcqa_lora.model.checkpoint import (
@@ -85,7 +86,8 @@ def _load_unsloth(where: str, # folder or hub id
     from unsloth import FastLanguageModel  # patches transformers: before its classes are used
     model, _ = FastLanguageModel.from_pretrained(
         model_name=where, dtype=getattr(torch, recipe.dtype, None), load_in_4bit=False,
-        max_seq_length=recipe.max_length, device_map={"": str(compute_device())}, trust_remote_code=False)
+        max_seq_length=recipe.max_length, device_map={"": str(compute_device())},
+        trust_remote_code=False)
     return model
 
 # %% ../../nbs/2_model/load.ipynb #c3657812
@@ -158,7 +160,8 @@ def describe_loading_error(text: str, # of the allocator
     recipe = resolve_dtype(recipe, model)
     size = sum(p.numel() for p in model.parameters()) * bytes_per_weight(recipe)
     return (
-        f"{describe_shortage(text)}, loading {recipe.model}, whose weights take {size_in_words(size)} "
+        f"{describe_shortage(text)}, loading {recipe.model}, "
+        f"whose weights take {size_in_words(size)} "
         f"in {recipe.dtype}; see who else uses the memory (nvidia-smi), take a larger GPU, "
         f"-p quantization fp8, or several with -p parallel fsdp")
 

@@ -19,7 +19,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
-from ..core.files import DiskError, checksum, explain_disk_errors, sync_to_disk, write_json, write_file
+from medmcqa_lora.core.files import (
+    DiskError, checksum, explain_disk_errors, sync_to_disk, write_file, write_json,
+)
 from ..core.folders import check_room, publish_folder, delete_leftovers, atomic_folder
 from ..core.recipe import Recipe
 from ..model.resolve import is_nano_30b, resolve_model

@@ -285,7 +285,8 @@ def first_fitting(recipe: Recipe, changes: list[dict], processes: int, limit: fl
     "The first of some changes with which a recipe fits, as the plan says."
     for change in changes:
         changed = replace(recipe, **change)
-        if not recipe_problems(changed) and memory_needed(changed, processes).sum() <= limit: return change
+        if recipe_problems(changed): continue
+        if memory_needed(changed, processes).sum() <= limit: return change
     return None
 
 def fitting_changes(recipe: Recipe, processes: int, limit: float, # GiB
