@@ -17,7 +17,7 @@ from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.launch.preflight import resolve_parallel
 from medmcqa_lora.launch.worker import World
 from medmcqa_lora.launch.launcher import launch_train
-from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.resolve import TOY, find_model
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.adapter import adapter_shapes, check_adapter, load_adapter
 from medmcqa_lora.fast.apply import apply_fast_parts
@@ -257,9 +257,9 @@ def test_a_run_is_not_resumed_in_another_way(two):
 def test_auto_takes_shares_where_a_copy_does_not_fit(monkeypatch):
     """By the plan, for GPUs of 40 and 80 GiB; without a GPU nothing changes."""
     nano = load_recipe("nemotron_nano", {"weights": "random"})
-    assert resolve_parallel(nano, 4) == nano
+    assert resolve_parallel(nano, find_model(nano), 4) == nano
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gib, processes, way in ((80, 4, "auto"), (40, 4, "fsdp"), (40, 1, "auto")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, gib=gib: type("GPU", (), dict(total_memory=gib * 2**30)))
-        assert resolve_parallel(nano, processes).parallel == way
-    assert resolve_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"
+        assert resolve_parallel(nano, find_model(nano), processes).parallel == way
+    assert resolve_parallel(replace(nano, parallel="ddp"), find_model(nano), 4).parallel == "ddp"
