@@ -21,18 +21,18 @@ from medmcqa_lora.fast.experts import (
     sort_by_expert, unwrap_experts, use_grouped_experts,
 )
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, narrow_weight, product, quantise, restore_weight, weight_of, whole,
+    Rows8, Weight8, quantise_weight, frozen_matmul, quantise, restore_weight, weight_of, unquantised,
 )
 from medmcqa_lora.fast.layers import (
-    FORWARDS, Layer, fuse, is_fused, is_relu2, linear_forward, linear_grad, lora_layer, make_room,
-    wide_linear,
+    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad, linear_parts, pad_weight,
+    padded_linear,
 )
 from medmcqa_lora.fast.mamba import (
     MambaSizes, MambaWeights, can_scan, mamba_sizes, mamba_weights, scan_backward, scan_forward,
 )
 from medmcqa_lora.fast.operations import (
-    combine, norm, norm_grad, norm_narrow, relu2, relu2_grad, relu2_grad_narrow, relu2_narrow,
-    route, route_grad, router_logits, to_experts, to_experts_narrow,
+    combine, norm, norm_grad, norm_float8, relu2, relu2_grad, relu2_grad_float8, relu2_float8,
+    route, route_grad, router_logits, dispatch_tokens, dispatch_tokens_float8,
 )
 
 # %% ../../nbs/3_fast/blocks.ipynb #80556c93
@@ -72,8 +72,8 @@ class Mixture(NamedTuple):
     normalised: bool  # whether they are divided by their sum
     up: Tensor | Weight8  # (E, width, D)
     down: Tensor | Weight8  # (E, D, width)
-    shared_up: Layer  # without factors
-    shared_down: Layer  # without factors
+    shared_up: LinearParts  # without factors
+    shared_down: LinearParts  # without factors
 
 class MixtureFactors(NamedTuple):
     "LoRA's A and B of a mixture's four linear layers; none without LoRA."
@@ -101,8 +101,8 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                  ) -> tuple[Mixture, MixtureFactors] | None: # none: its own forward has to run
     "What a mixture block consists of, if it is of the known form."
     moe, gate, w = block.mixer, block.mixer.gate, block.norm.weight
-    shared_up = lora_layer(moe.shared_experts.up_proj)
-    shared_down = lora_layer(moe.shared_experts.down_proj)
+    shared_up = linear_parts(moe.shared_experts.up_proj)
+    shared_down = linear_parts(moe.shared_experts.down_proj)
     if not shared_up or not shared_down or not is_known_mixture(moe): return None
     wrappers, experts = unwrap_experts(moe.experts)
     up, down = weight_of(experts, "up_proj"), weight_of(experts, "down_proj")
@@ -112,7 +112,7 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
     m = Mixture(w, block.norm.variance_epsilon,
                 gate.weight, gate.e_score_correction_bias, gate.top_k,
                 gate.routed_scaling_factor, gate.norm_topk_prob,
-                up, down, shared_up.bare(), shared_down.bare())
+                up, down, shared_up.without_lora(), shared_down.without_lora())
     lora = {w.parameter_name: lora_factors(w) for w in wrappers}
     up_a, up_b = lora.get("up_proj", (None, None))
     down_a, down_b = lora.get("down_proj", (None, None))
@@ -120,24 +120,24 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                              shared_up.a, shared_up.b, shared_down.a, shared_down.b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #2e9d1f32
-def dispatch_rows(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `to_experts` takes them
+def dispatch_rows(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
                   keep: bool # of 8-bit rows, the rows themselves, too
                  ) -> Tensor | Rows8: # (S, D)
     "Each token in the rows of its experts, as wide as it comes."
-    if isinstance(x, Rows8): return to_experts_narrow(x, order, inverse, keep)
-    return to_experts(x, order, inverse)
+    if isinstance(x, Rows8): return dispatch_tokens_float8(x, order, inverse, keep)
+    return dispatch_tokens(x, order, inverse)
 
 def activate(h: Tensor, w: Tensor | None, # as `relu2` takes them
              narrow: bool, keep: bool # in 8 bits; the rows themselves, too
             ) -> Tensor | Rows8: # (N, D)
     "w · relu(h)²."
-    return relu2_narrow(h, w, keep) if narrow else relu2(h, w)
+    return relu2_float8(h, w, keep) if narrow else relu2(h, w)
 
 def activate_grad(h: Tensor, w: Tensor | None, g: Tensor, # as `relu2_grad` takes them
                   narrow: bool, keep: bool # as `activate` takes them
                  ) -> tuple[Tensor | Rows8, Tensor | None]: # of h (N, D), of w (N,)
     "The gradients of `activate`."
-    return relu2_grad_narrow(h, w, g, keep) if narrow else relu2_grad(h, w, g)
+    return relu2_grad_float8(h, w, g, keep) if narrow else relu2_grad(h, w, g)
 
 # %% ../../nbs/3_fast/blocks.ipynb #1fbc585d
 class SavedMixture(NamedTuple):
@@ -162,8 +162,8 @@ def mixture_forward(h: Tensor, # (T, D)
                    ) -> tuple[Tensor, SavedMixture]: # (T, D), and what the backward needs
     "h + experts(norm(h)), routed and shared."
     narrow = isinstance(m.up, Weight8)
-    x, rstd = norm_narrow(h, m.norm, m.eps) if narrow else norm(h, m.norm, m.eps)
-    logits = router_logits(whole(x), m.router)
+    x, rstd = norm_float8(h, m.norm, m.eps) if narrow else norm(h, m.norm, m.eps)
+    logits = router_logits(unquantised(x), m.router)
     index, weights = route(logits, m.bias, m.k, m.scale, m.normalised)
     order, inverse, ends = sort_by_expert(index, len(m.bias))
     w = weights.reshape(-1, 1)[order]
@@ -212,7 +212,7 @@ class MixtureFunction(torch.autograd.Function):
             s.down_t, ExpertLayer(m.down, f.down_a, f.down_b), s.ends)
         d_up, dw = activate_grad(s.up, s.w, d_down, narrow, f.up_a is not None)
         rows, up_a, up_b = expert_linear_grad(
-            d_up, None if f.up_a is None else to_experts(x, s.order, s.inverse),
+            d_up, None if f.up_a is None else dispatch_tokens(x, s.order, s.inverse),
             s.up_t, ExpertLayer(m.up, f.up_a, f.up_b), s.ends)
         # the shared expert
         d_shared, shared_down_a, shared_down_b = linear_grad(
@@ -236,7 +236,7 @@ class Mamba(NamedTuple):
     "Frozen weights and sizes of a Mamba block."
     norm: Tensor  # (D,)
     eps: float  # of the norm
-    in_proj: Layer  # without factors
+    in_proj: LinearParts  # without factors
     out_proj: Tensor | Weight8  # (D, inner)
     weights: MambaWeights
     sizes: MambaSizes
@@ -245,11 +245,11 @@ def mamba_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mix
                ) -> tuple[Mamba, tuple] | None: # with A and B of in_proj; none: of another form
     "What a Mamba block consists of, if it is of the known form."
     mixer, w = block.mixer, block.norm.weight
-    into, out = lora_layer(mixer.in_proj), lora_layer(mixer.out_proj)
+    into, out = linear_parts(mixer.in_proj), linear_parts(mixer.out_proj)
     if not into or not out or out.a is not None: return None
     if not can_scan(mixer) or not all_frozen(w): return None
     if len({w.dtype, into.weight.dtype, out.weight.dtype}) > 1: return None
-    m = Mamba(w, block.norm.variance_epsilon, into.bare(), out.weight,
+    m = Mamba(w, block.norm.variance_epsilon, into.without_lora(), out.weight,
               mamba_weights(mixer), mamba_sizes(mixer))
     return m, (into.a, into.b)
 
@@ -274,15 +274,15 @@ class MambaFunction(torch.autograd.Function):
                 a: Tensor | None, b: Tensor | None # LoRA's factors for in_proj
                ) -> Tensor: # (T, D)
         layer = m.in_proj
-        as_one = a is not None and layer.room == len(a)  # projection and adapter in one product
-        if isinstance(layer.weight, Weight8): x, rstd = norm_narrow(h, m.norm, m.eps)
-        else: x, rstd = norm(h, m.norm, m.eps, layer.room if as_one else 0)
-        linear = wide_linear if as_one else linear_forward
+        as_one = a is not None and layer.padding == len(a)  # projection and adapter in one product
+        if isinstance(layer.weight, Weight8): x, rstd = norm_float8(h, m.norm, m.eps)
+        else: x, rstd = norm(h, m.norm, m.eps, layer.padding if as_one else 0)
+        linear = padded_linear if as_one else linear_forward
         projected, t = linear(x, layer.weight, a, b, layer.scale)
         ctx.save_for_backward(*SavedMamba(h, rstd, projected, t, first, last, a, b))
         ctx.m = m
         narrow = isinstance(m.out_proj, Weight8)
-        y = product(scan_forward(projected, first, m.weights, m.sizes, narrow), m.out_proj)
+        y = frozen_matmul(scan_forward(projected, first, m.weights, m.sizes, narrow), m.out_proj)
         return y.add_(h)
 
     @staticmethod
@@ -292,7 +292,7 @@ class MambaFunction(torch.autograd.Function):
                 ) -> tuple: # of h and the factors
         m, layer, s = ctx.m, ctx.m.in_proj, SavedMamba(*ctx.saved_tensors)
         d = scan_backward(
-            product(g, m.out_proj.mT), s.projected, s.first, s.last, m.weights, m.sizes)
+            frozen_matmul(g, m.out_proj.mT), s.projected, s.first, s.last, m.weights, m.sizes)
         dx, da, db = linear_grad(
             d, None if s.a is None else norm(s.h, m.norm, m.eps)[0],
             s.t, layer.weight, s.a, s.b, layer.scale, ctx.needs_input_grad[0])
@@ -307,11 +307,11 @@ class NormedLayers(torch.autograd.Function):
                 h: Tensor, # (T, D)
                 w: Tensor, # (D,) of the norm
                 eps: float, # of the norm
-                layers: list[Layer], # without factors
+                layers: list[LinearParts], # without factors
                 *factors: Tensor | None # A and B of each
                ) -> tuple[Tensor, ...]: # (T, out) of each
         narrow = isinstance(layers[0].weight, Weight8)
-        x, rstd = norm_narrow(h, w, eps) if narrow else norm(h, w, eps)
+        x, rstd = norm_float8(h, w, eps) if narrow else norm(h, w, eps)
         pairs = zip(layers, factors[::2], factors[1::2])
         results = [linear_forward(x, l.weight, a, b, l.scale) for l, a, b in pairs]
         ctx.save_for_backward(h, rstd, *(t for _, t in results), *factors)
@@ -338,10 +338,10 @@ class NormedLayers(torch.autograd.Function):
 
 # %% ../../nbs/3_fast/blocks.ipynb #136d0949
 def attention_layers(block: nn.Module # a `NemotronHBlock` with a `NemotronHAttention`
-                    ) -> list[Layer] | None: # of queries, keys, values; none: of another form
+                    ) -> list[LinearParts] | None: # of queries, keys, values; none: of another form
     "The linear layers that read an attention block's normed input."
     w, mixer = block.norm.weight, block.mixer
-    layers = [lora_layer(p) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    layers = [linear_parts(p) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
     if not all(layers) or not all_frozen(w): return None
     if not same_type(*(l.weight for l in layers)): return None
     return layers if layers[0].weight.dtype == w.dtype else None
@@ -357,7 +357,7 @@ def attention_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHAtte
     factors = [f for l in layers for f in (l.a, l.b)]
     rows = NormedLayers.apply(
         h.reshape(-1, h.shape[-1]), block.norm.weight, block.norm.variance_epsilon,
-        [l.bare() for l in layers], *factors)
+        [l.without_lora() for l in layers], *factors)
     heads = [y.view(*h.shape[:-1], -1, mixer.head_dim).transpose(1, 2) for y in rows]
     dropout = mixer.attention_dropout if mixer.training else 0.0
     y, _ = attend(mixer, *heads, mask, dropout=dropout, scaling=mixer.scaling, **kwargs)
@@ -408,17 +408,17 @@ def block_forward(
     return type(self).forward(self, h, past_key_values=past_key_values,
                               attention_mask=attention_mask, **known, **kwargs)
 
-FORWARDS["NemotronHBlock"] = block_forward
+FUSED_FORWARDS["NemotronHBlock"] = block_forward
 
 # %% ../../nbs/3_fast/blocks.ipynb #dd7b896a
 def reserve_lora_columns(module: nn.Module # a linear layer, with or without LoRA
                         ) -> None:
     "Leave free columns for LoRA's factor in a weight on a GPU, which moves for it."
     if not next(module.parameters()).is_cuda: return
-    layer = lora_layer(module)
+    layer = linear_parts(module)
     if not layer or layer.a is None or not isinstance(layer.weight, Tensor): return
     rank, width = len(layer.a), layer.weight.shape[1]
-    if rank % 8 == width % 8 == 0: make_room(module.base_layer, rank)
+    if rank % 8 == width % 8 == 0: pad_weight(module.base_layer, rank)
 
 def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
             ) -> None:
@@ -447,12 +447,12 @@ def wide_weights(model: nn.Module # a transformers or PEFT model
 def to_float8(model: nn.Module # whose weights are frozen; changed in place
              ) -> None:
     "Make a model's frozen matrices 8 bits wide, and give their memory back one by one."
-    for module, name in wide_weights(model): narrow_weight(module, name)
+    for module, name in wide_weights(model): quantise_weight(module, name)
 
 @contextmanager
 def in_float8(model: nn.Module): # as `to_float8` takes it
     "Frozen matrices 8 bits wide inside a `with` block."
-    before = [(m, n, narrow_weight(m, n)) for m, n in wide_weights(model)]
+    before = [(m, n, quantise_weight(m, n)) for m, n in wide_weights(model)]
     try: yield model
     finally:
         for module, name, weight in before: restore_weight(module, name, weight)

@@ -65,7 +65,7 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
 # %% ../../nbs/2_model/adapter.ipynb #0ef0eae5
 def adapter_structure(folder: Path, # an adapter/ folder
                       model_name: str, # the base model, as a recipe names it
-                      base: nn.Module | None = None # its structure, if known; LoRA is attached to it
+                      base: nn.Module | None = None # its structure, if known; gets LoRA
                      ) -> nn.Module: # a PEFT model on the meta device
     "The adapted model's structure; raises `ValueError` if the configuration doesn't fit the base."
     from peft import PeftConfig, get_peft_model
@@ -88,7 +88,7 @@ def adapter_structure(folder: Path, # an adapter/ folder
 # %% ../../nbs/2_model/adapter.ipynb #5cbf90a2
 def check_adapter(folder: Path, # an adapter/ folder
                   model_name: str, # the base model, as a recipe names it
-                  base: nn.Module | None = None # its structure, if known; LoRA is attached to it
+                  base: nn.Module | None = None # its structure, if known; gets LoRA
                  ) -> nn.Module: # the adapted model's structure, on the meta device
     "Raises `ValueError`, naming three tensors, if the adapter's tensors don't fit the base model."
     from peft import get_peft_model_state_dict

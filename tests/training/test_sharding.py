@@ -19,7 +19,7 @@ from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.launch.launcher import launch_train
-from medmcqa_lora.launch.preflight import settle_parallel
+from medmcqa_lora.launch.preflight import resolve_parallel
 from medmcqa_lora.launch.worker import World
 from medmcqa_lora.model.adapter import adapter_shapes, check_adapter, load_adapter
 from medmcqa_lora.model.load import load_model
@@ -148,7 +148,7 @@ def trained(recipe, run: Path, hooks: bool = False):
     from medmcqa_lora.fast.packing import choose_packing
     from medmcqa_lora.model.lora import attach_lora
     from medmcqa_lora.model.resolve import load_tokenizer
-    from medmcqa_lora.training.trainer import make_trainer, train
+    from medmcqa_lora.training.trainer import make_trainer, run_training
 
     for state in (AcceleratorState, PartialState):  # the last trainer may have sharded
         state._shared_state.clear()
@@ -162,7 +162,7 @@ def trained(recipe, run: Path, hooks: bool = False):
     made = make_trainer(model, tokenizer, rows, recipe, run, held_out, packed)
     if hooks:
         made.training_step.apart = False
-    train(made, run)
+    run_training(made, run)
     torch.distributed.barrier()
     made.logged = [m["loss"] for m in read_lines(run / "metrics.jsonl")]
     made.logged += [m["eval_loss"] for m in read_lines(run / "evals.jsonl")]
@@ -357,10 +357,10 @@ def test_a_run_is_not_resumed_in_another_way(two):
 def test_auto_shards_where_a_replica_does_not_fit(monkeypatch):
     """By the plan, for GPUs of 40 and 80 GiB; without a GPU nothing changes."""
     nano = load_recipe("nemotron_nano", {"weights": "random"})
-    assert settle_parallel(nano, 4) == nano
+    assert resolve_parallel(nano, 4) == nano
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gib, processes, way in ((80, 4, "auto"), (40, 4, "fsdp"), (40, 1, "auto")):
         gpu = type("GPU", (), dict(total_memory=gib * 2**30))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, gpu=gpu: gpu)
-        assert settle_parallel(nano, processes).parallel == way
-    assert settle_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"
+        assert resolve_parallel(nano, processes).parallel == way
+    assert resolve_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"

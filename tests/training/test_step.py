@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from benchmarks.isolation import GROUPS, adapted
-from medmcqa_lora.core.environment import device
+from medmcqa_lora.core.environment import compute_device
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
@@ -29,12 +29,12 @@ from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import TOY, load_tokenizer
 from medmcqa_lora.training import step as step_module
 from medmcqa_lora.training.step import HeadLoss, RowCollator, Step, shape_of, use_head_loss
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 CHUNK = TOY["chunk_size"]
 LENGTHS = [57, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 2]
 TARGETS = [*GROUPS, "mlp"]
-DEVICE = device()
+DEVICE = compute_device()
 # a GPU adds in another order, and Triton's exponentials are its own
 LOOSE = 10 if torch.cuda.is_available() else 1
 logging.disable_progress_bar()
@@ -431,7 +431,7 @@ def run(
     assert isinstance(made.training_step, Step) == (chosen.fast != "off")
     assert made.accelerator.num_processes == processes
     made.add_callback(logged)
-    train(made, folder, resume)
+    run_training(made, folder, resume)
     return logged.lines
 
 
