@@ -9,7 +9,12 @@ import pytest
 from conftest import ALL
 
 from medmcqa_lora.analysis.calibration import (
-    brier, calibration, expected_error, letter_logits, letter_probabilities, reliability,
+    brier,
+    calibration,
+    expected_error,
+    letter_logits,
+    letter_probabilities,
+    reliability,
 )
 from medmcqa_lora.core.files import append_lines
 from medmcqa_lora.core.recipe import Recipe
@@ -19,7 +24,12 @@ from medmcqa_lora.data.questions import fingerprint, identity, load_evaluation, 
 from medmcqa_lora.data.schemas import LETTERS
 from medmcqa_lora.evaluation.letters import choose_scoring, encode_prompts
 from medmcqa_lora.evaluation.option_order import (
-    draw_orders, in_order, letter_bias, order_record, score_orders, summarise_orders,
+    draw_orders,
+    in_order,
+    letter_bias,
+    order_record,
+    score_orders,
+    summarise_orders,
     write_orders,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, begin_evaluation, collect
