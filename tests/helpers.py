@@ -1,5 +1,8 @@
 """What several test files share: checks of a command's output, a demo's folder, a short run."""
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from medmcqa_lora.core.files import read_lines
@@ -10,7 +13,7 @@ from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 
 def check_one_line(result, *expected):
@@ -40,5 +43,26 @@ def trained(folder, packed: bool, **settings):
     encoded, evaluation = (encode_questions(r.questions, tokenizer, recipe) for r in (rows, held_out))
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
     folder.mkdir()
-    train(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
+    run_training(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
     return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
+
+
+def reset_signals() -> None:
+    """For `preexec_fn`: under nohup or in a background job, a child inherits ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(command: list[str], **popen) -> subprocess.Popen:
+    """A process that ends on signals, however the tests were started."""
+    first = popen.pop("preexec_fn", None)
+
+    def prepare():
+        reset_signals()
+        if first:
+            first()
+
+    return subprocess.Popen(command, preexec_fn=prepare, **popen)

@@ -27,14 +27,14 @@ from benchmarks.correctness.isolation import GROUPS
 from medmcqa_lora.core.environment import git_commit, hardware, versions
 from medmcqa_lora.core.files import append_line, read_lines
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.data.questions import question_hash, load_questions
 from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast.packing import packing_collator
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 WINDOW = 20  # steps of the running mean, which takes out what one batch differs from another
 
@@ -90,7 +90,7 @@ def curve(recipe: Recipe, order: int, tokenizer, encoded, held_out, folder: Path
         apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe),
         time.perf_counter(),
     )
-    train(
+    run_training(
         make_trainer(
             model, tokenizer, encoded, replace(recipe, seed=order), folder, held_out, packed=True
         ),
@@ -141,7 +141,7 @@ def compare(args, folder: Path) -> dict:
     )
     questions = list(
         {
-            identity(q): q for q in load_questions(args.data, "train", training=True).questions
+            question_hash(q): q for q in load_questions(args.data, "train", training=True).questions
         }.values()
     )[: args.rows]
     questions, last = questions[: -args.held_out], questions[-args.held_out :]

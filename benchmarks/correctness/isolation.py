@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.common import results_file
 from medmcqa_lora.core.environment import git_commit, hardware, versions
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right
 from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
@@ -122,7 +122,7 @@ def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict[str, dict[str
 def make_recipe(blocks: str, dtype: str, folder: Path, seed: int = 0) -> tuple[Recipe, dict]:
     """A recipe for blocks of full size, or for the toy, and its configuration."""
     config = (
-        json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+        json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
         | {"hybrid_override_pattern": blocks}
         if blocks
         else dict(TOY, model_type="nemotron_h")

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from benchmarks.common import allocated_on_cpu, results_file
 from medmcqa_lora.core.environment import git_commit, hardware, missing_kernels, versions
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe, check_recipe
 from medmcqa_lora.data.tokens import Encoded, sample_tokenizer
 from medmcqa_lora.fast.apply import apply_fast_parts
@@ -106,7 +106,7 @@ def model_config(case: Case, toy: bool) -> dict:
     config = (
         dict(TOY, model_type="nemotron_h")
         if toy
-        else json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+        else json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
     )
     return config | {"hybrid_override_pattern": config["hybrid_override_pattern"][: case.layers]}
 

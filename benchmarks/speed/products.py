@@ -22,7 +22,7 @@ from medmcqa_lora.bench.profile import elapsed, synchronise, timestamp
 from medmcqa_lora.core.environment import git_commit, hardware, has_float8, versions
 from medmcqa_lora.core.files import append_line
 from medmcqa_lora.fast.experts import expert_product
-from medmcqa_lora.fast.float8 import product, quantise, quantise_matrix
+from medmcqa_lora.fast.float8 import frozen_matmul, quantise, quantise_matrix
 
 DENSE = {
     "in_proj": (2688, 10304),
@@ -77,7 +77,7 @@ def dense(name: str, k: int, n: int, tokens: int, device, repetitions: int) -> l
     x8, w8 = quantise(x), quantise_matrix(w)
     return compare(
         name,
-        {"bfloat16": lambda: product(x, w), "8 bits": lambda: product(x8, w8)},
+        {"bfloat16": lambda: frozen_matmul(x, w), "8 bits": lambda: frozen_matmul(x8, w8)},
         2 * tokens * k * n,
         repetitions,
     )

@@ -38,7 +38,7 @@ from medmcqa_lora.model.resolve import load_tokenizer
 
 def ours(model, tokenizer, questions, recipe) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        score_questions(model, tokenizer, questions, recipe, Path(folder), quiet=True)
+        score_questions(model, tokenizer, questions, recipe, EvaluationOutput(Path(folder), quiet=True))
         return {k: p["prediction"] for k, p in read_records(Path(folder)).items()}
 
 

@@ -57,7 +57,7 @@ from medmcqa_lora.model.checkpoint import empty_model
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_config, load_tokenizer
-from medmcqa_lora.training.memory.fit import ROWS
+from medmcqa_lora.training.memory.fit import TRAINING_ROWS
 from medmcqa_lora.training.step import Recording
 from medmcqa_lora.training.trainer import make_trainer
 
@@ -284,7 +284,7 @@ def table(found: list[dict]) -> str:
         speed = f["tokens_per_s"]["median"]
         efficiency = f"{speed / f['gpus'] / alone:.1%}" if alone else ""
         share = f"{f['share_of_peak']['median']:.1%}" if f["share_of_peak"] else ""
-        hours = ROWS["openlifescienceai/medmcqa"] * f["mean_length"] / speed / 3600
+        hours = TRAINING_ROWS["openlifescienceai/medmcqa"] * f["mean_length"] / speed / 3600
         lines.append(
             f"| {f['gpus']} | {'' if f['gpus'] == 1 else f['way']} | {speed:,.0f} ({f['tokens_per_s']['min']:,.0f} to {f['tokens_per_s']['max']:,.0f}) | {speed / f['gpus']:,.0f} | {share} | {efficiency} | {f['seconds']['median']:.4g} | {f['peak_gib']:.4g} | {60 * hours:.1f} min | {f['longest_over_mean']:.3f} |"
         )

@@ -31,13 +31,13 @@ from medmcqa_lora.bench.variants import (
     random_files,
     save_random,
 )
-from medmcqa_lora.core.files import read_lines, shipped
+from medmcqa_lora.core.files import read_lines, shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.fast import layers, mamba, operations, packing
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast.experts import is_grouped
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import list_matrices
 from medmcqa_lora.training import step, trainer
@@ -243,9 +243,9 @@ def test_killed_process_leaves_a_reason(tmp_path, monkeypatch):
 
 
 def test_parameters_of_the_30b_model():
-    model = planned_model("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16")
+    model = model_structure("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16")
     blocks, head = passed_parameters(model)
-    c = json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+    c = json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
     h, pattern = c["hidden_size"], c["hybrid_override_pattern"]
     inner = c["mamba_num_heads"] * c["mamba_head_dim"]
     mamba = (
@@ -271,7 +271,7 @@ def test_parameters_of_the_30b_model():
 def test_cut_30b_model(tmp_path):
     recipe = load_recipe("nemotron_nano", {"tokenizer": "toy-nemotron-h"})
     cut = cut_model(recipe, 6, tmp_path)
-    kinds = {m.kind for m in list_matrices(planned_model(cut.model))}
+    kinds = {m.kind for m in list_matrices(model_structure(cut.model))}
     assert kinds == {"mamba", "moe", "attention", "other"} and cut.tokenizer == "toy-nemotron-h"
 
 
@@ -344,7 +344,7 @@ def ready(tmp_path_factory):
             torch.nn.init.normal_(p, std=0.05)
     for n, m in s.model.named_modules():
         if n.endswith("in_proj.base_layer"):
-            layers.make_room(m, 8)
+            layers.pad_weight(m, 8)
     return s
 
 
@@ -396,7 +396,7 @@ GONE = {  # lever -> whether it is, of a prepared model and its base
     ),
     "scan": lambda s: not mamba.has_own_scan(s.recipe) and mamba.LONGEST == 0,
     "room": lambda s: (
-        not any(layers.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
+        not any(layers.row_padding(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
     ),
     "filled": lambda s: packing.row_multiple(CUDA) == trainer.row_multiple(CUDA) == 1,
     "positions": lambda s: (
@@ -418,7 +418,7 @@ def not_gone(s) -> bool:
     return (
         any(map(layers.is_fused, s.model.modules()))
         and any(map(is_grouped, s.model.modules()))
-        and any(layers.room_of(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
+        and any(layers.row_padding(m) for m in s.model.modules() if isinstance(m, torch.nn.Linear))
         and trainer.can_use_head_loss(s.model.get_base_model())
         and packing.row_multiple(CUDA) > 1
         and mamba.LONGEST > 0

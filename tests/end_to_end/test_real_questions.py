@@ -10,15 +10,15 @@ from conftest import ALL
 from helpers import check_demo
 
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.data.questions import find_problems, fingerprint, identity, load_questions
+from medmcqa_lora.data.questions import find_problems, fingerprint, load_questions, question_hash
 from medmcqa_lora.data.schemas import LETTERS
 from medmcqa_lora.evaluation.letters import encode_prompts, letter_logprobs
 from medmcqa_lora.evaluation.options import (
-    choose_sharing,
+    choose_shared_prompt,
     encode_options,
     option_logprobs,
     options_prompt,
-    sharing_error,
+    shared_prompt_error,
 )
 from medmcqa_lora.evaluation.records import length_batches
 from medmcqa_lora.fast.apply import apply_fast_parts
@@ -46,7 +46,7 @@ def test_training_rows(train_rows, validation):
     assert (len(loaded.questions), loaded.base) == (2738, "1")
     assert all(q.id for q in loaded.questions) and len({q.id for q in loaded.questions}) == 2738
     held_out = load_questions(str(validation)).questions
-    assert not {identity(q) for q in loaded.questions} & {identity(q) for q in held_out}
+    assert not {question_hash(q) for q in loaded.questions} & {question_hash(q) for q in held_out}
 
 
 def nested_row(row: dict) -> dict:
@@ -119,8 +119,8 @@ def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2)
         assert tokenizer.decode(prompt) == options_prompt(question, "plain")[0]
         assert [tokenizer.decode(end) for end in four] == [f" {o}" for o in question.options]
     pad = tokenizer.pad_token_id
-    assert sharing_error(model, prompts, ends, pad) < 1e-4
-    assert choose_sharing(model, tokenizer, questions, recipe)[0]
+    assert shared_prompt_error(model, prompts, ends, pad) < 1e-4
+    assert choose_shared_prompt(model, tokenizer, questions, recipe)[0]
     sums = option_logprobs(model, prompts[-2:], ends[-2:], pad, shared=True)()
     assert all(len(set(four)) == len(set(q.options)) for four, q in zip(sums, questions[-2:]))
 

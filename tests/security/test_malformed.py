@@ -855,7 +855,7 @@ class Kit:
 
     def use_notebook(self, file: Path):
         """Make train use this notebook, and let it try."""
-        self.monkeypatch.setattr(launcher, "shipped", lambda name: file)
+        self.monkeypatch.setattr(launcher, "shipped_file", lambda name: file)
         self.monkeypatch.setattr(launcher, "run_notebook", self.run_notebook)
 
 

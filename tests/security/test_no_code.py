@@ -25,16 +25,16 @@ from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.tokens import encode_questions
-from medmcqa_lora.evaluation.records import prediction
+from medmcqa_lora.evaluation.records import prediction_record
 from medmcqa_lora.evaluation.summary import write_evaluation
 from medmcqa_lora.launch.worker import World
 from medmcqa_lora.model.adapter import check_adapter, load_adapter
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.load import _load_hf, load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer, resolve_model
 from medmcqa_lora.training.run_folder import start_run
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 # What the code calls
 
@@ -215,7 +215,7 @@ def test_a_model_that_needs_its_own_code_is_refused(model, harmed):
     add_code(model, harmed, model_type="evil", architectures=["Evil"])
     recipe = load_recipe("toy", {"model": str(model)})
     with pytest.raises(ValueError, match="custom code"):
-        planned_model(str(model))
+        model_structure(str(model))
     with pytest.raises(ValueError, match="custom code"):
         load_model(recipe)
 
@@ -265,7 +265,7 @@ def trained(tmp_path_factory):
         return make_trainer(model, tokenizer, encoded, recipe, run)
 
     run = start_run(recipe, World(0, 1))
-    train(trainer(run), run)
+    run_training(trainer(run), run)
     shutil.rmtree(run / "checkpoints/checkpoint-2")
     return run, trainer
 
@@ -281,7 +281,7 @@ def test_a_hostile_checkpoint(name, trained, harmed, tmp_path):
     assert file.exists() == (name != "training_args.bin")  # which is not saved
     hostile(file, harmed)
     try:
-        assert train(trainer(run), run, resume=True)["steps"] == 2
+        assert run_training(trainer(run), run, resume=True)["steps"] == 2
     except Exception as e:  # refused: a file was changed, or added, says the run
         assert re.search("weights.only|checksum|checkpoint", str(e), re.I), e
 
@@ -492,7 +492,7 @@ def letter_scores(likeliest: int) -> list[float]:
 def write_hostile_evaluation(folder: Path, questions: list, shift: int):
     """An evaluation whose every second answer is `shift` letters after the right one."""
     answers = [(q.answer + shift * (i % 2)) % 4 for i, q in enumerate(questions)]
-    made = [prediction(q, letter_scores(answer)) for q, answer in zip(questions, answers)]
+    made = [prediction_record(q, letter_scores(answer)) for q, answer in zip(questions, answers)]
     folder.mkdir()
     (folder / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in made))
     write_evaluation(folder, made, questions, f"{HTML}/m", None)

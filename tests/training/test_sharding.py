@@ -14,7 +14,7 @@ from conftest import ALL, ROOT, processes_with
 from safetensors.torch import load_file
 
 from medmcqa_lora.core.files import read_lines
-from medmcqa_lora.launch.preflight import settle_parallel
+from medmcqa_lora.launch.preflight import resolve_parallel
 from medmcqa_lora.launch.worker import World
 from medmcqa_lora.launch.launcher import launch_train
 from medmcqa_lora.model.resolve import TOY
@@ -149,7 +149,7 @@ from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast import blocks
 from medmcqa_lora.fast.packing import choose_packing
 from medmcqa_lora.training import step
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 from test_sharding import ALL, SITUATIONS, toy
 STEPS, calls = 2, Counter()
 def counted(function, name):
@@ -170,7 +170,7 @@ def trained(recipe, name="run", hooks=False):
     packed = choose_packing(base, rows.rows, recipe)[0]
     made = make_trainer(apply_fast_parts(attach_lora(base, recipe), recipe), tokenizer, rows, recipe, run, held_out, packed)
     if hooks: made.training_step.apart = False  # DistributedDataParallel adds gradients up by itself
-    train(made, run)
+    run_training(made, run)
     torch.distributed.barrier()
     made.logged = [m[k] for f, k in (("metrics.jsonl", "loss"), ("evals.jsonl", "eval_loss")) for m in read_lines(run / f)]
     return made
@@ -257,9 +257,9 @@ def test_a_run_is_not_resumed_in_another_way(two):
 def test_auto_takes_shares_where_a_copy_does_not_fit(monkeypatch):
     """By the plan, for GPUs of 40 and 80 GiB; without a GPU nothing changes."""
     nano = load_recipe("nemotron_nano", {"weights": "random"})
-    assert settle_parallel(nano, 4) == nano
+    assert resolve_parallel(nano, 4) == nano
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gib, processes, way in ((80, 4, "auto"), (40, 4, "fsdp"), (40, 1, "auto")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, gib=gib: type("GPU", (), dict(total_memory=gib * 2**30)))
-        assert settle_parallel(nano, processes).parallel == way
-    assert settle_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"
+        assert resolve_parallel(nano, processes).parallel == way
+    assert resolve_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"

@@ -22,19 +22,19 @@ from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.fast.mamba import LONGEST
-from medmcqa_lora.core.environment import device
+from medmcqa_lora.core.environment import compute_device
 from medmcqa_lora.model.resolve import TOY, load_tokenizer
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.training.step import HeadLoss, RowCollator, Step, shape_of, use_head_loss
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 CHUNK = TOY["chunk_size"]
 LENGTHS = [57, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 2]
 TARGETS = [*GROUPS, "mlp"]
-DEVICE, LOOSE = device(), 10 if torch.cuda.is_available() else 1  # a GPU adds in another order, and Triton's exponentials are its own
+DEVICE, LOOSE = compute_device(), 10 if torch.cuda.is_available() else 1  # a GPU adds in another order, and Triton's exponentials are its own
 logging.disable_progress_bar()
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")]  # they do match: names of fused parameters
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and this package's kernels at speed need a GPU")
@@ -324,7 +324,7 @@ def run(folder: Path, resume: bool = False, spoil: int | None = None, rank: int 
     made = make_trainer(apply_fast_parts(attach_lora(load_model(chosen), chosen), chosen), tokenizer, encoded, chosen, folder, held_out, packed=True)
     assert isinstance(made.training_step, Step) == (chosen.fast != "off") and made.accelerator.num_processes == processes
     made.add_callback(logged)
-    train(made, folder, resume)
+    run_training(made, folder, resume)
     return logged.lines
 
 
