@@ -16,7 +16,8 @@ def test_worked_examples():
     recipe = Recipe(shots=2)
     questions = load_evaluation(recipe).questions[:3]
     asked = with_examples(questions, recipe)
-    assert [question_hash(q) for q in asked] == [question_hash(q) for q in questions]  # still themselves
+    # still the same questions
+    assert [question_hash(q) for q in asked] == [question_hash(q) for q in questions]
     assert with_examples(asked, Recipe()) == asked
     with pytest.raises(ValueError, match="training rows that are not asked"):
         with_examples(asked, Recipe(shots=5000))
