@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['all_frozen', 'same_type', 'has_own_forward', 'can_skip_calls', 'Mixture', 'MixtureFactors', 'is_known_mixture',
            'mixture_parts', 'dispatch_rows', 'activate', 'activate_grad', 'SavedMixture', 'mixture_forward',
-           'routed_grad', 'shared_grad', 'MixtureFunction', 'Mamba', 'mamba_parts', 'mamba_projection', 'SavedMamba',
-           'MambaFunction', 'NormedLayers', 'attention_layers', 'attention_block', 'mixture_block', 'mamba_block',
-           'block_forward', 'reserve_lora_columns', 'speed_up', 'wide_weights', 'to_float8', 'in_float8']
+           'MixtureFunction', 'Mamba', 'mamba_parts', 'SavedMamba', 'MambaFunction', 'NormedLayers', 'attention_layers',
+           'attention_block', 'mixture_block', 'mamba_block', 'block_forward', 'reserve_lora_columns', 'speed_up',
+           'wide_weights', 'to_float8', 'in_float8']
 
 # %% ../../nbs/3_fast/blocks.ipynb #85a8eb2f
 from contextlib import contextmanager
@@ -21,12 +21,10 @@ from medmcqa_lora.fast.experts import (
     sort_by_expert, unwrap_experts, use_grouped_experts,
 )
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, frozen_matmul, quantise, quantise_weight, restore_weight, unquantised,
-    weight_of,
+    Rows8, Weight8, quantise_weight, frozen_matmul, quantise, restore_weight, weight_of, unquantised,
 )
 from medmcqa_lora.fast.layers import (
-    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad,
-    linear_parts, pad_weight,
+    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad, linear_parts, pad_weight,
     padded_linear,
 )
 from medmcqa_lora.fast.mamba import (
@@ -122,8 +120,7 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                              shared_up.a, shared_up.b, shared_down.a, shared_down.b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #2e9d1f32
-def dispatch_rows(x: Tensor | Rows8,
-                  order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
+def dispatch_rows(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
                   keep: bool # of 8-bit rows, the rows themselves, too
                  ) -> Tensor | Rows8: # (S, D)
     "Each token in the rows of its experts, as wide as it comes."
@@ -184,36 +181,6 @@ def mixture_forward(h: Tensor, # (T, D)
                          shared, shared_up_t, shared_down_t)
     return combine(y, inverse, m.k, h.dtype, total, h), saved
 
-# %% ../../nbs/3_fast/blocks.ipynb #cdc3c778
-def routed_grad(g: Tensor | Rows8, # (T, D) gradient of the block's result
-                x: Tensor, # (T, D) the norm's output
-                m: Mixture, f: MixtureFactors, s: SavedMixture
-               ) -> tuple[Tensor, Tensor, tuple]: # rows of x's gradient (S, D); of w (S,); of LoRA
-    "The gradients of the routed experts."
-    narrow = isinstance(m.up, Weight8)
-    d, down_a, down_b = expert_linear_grad(
-        dispatch_rows(g, s.order, s.inverse, f.down_a is not None),
-        None if f.down_a is None else relu2(s.up, s.w),
-        s.down_t, ExpertLayer(m.down, f.down_a, f.down_b), s.ends)
-    d, dw = activate_grad(s.up, s.w, d, narrow, f.up_a is not None)
-    rows, up_a, up_b = expert_linear_grad(
-        d, None if f.up_a is None else dispatch_tokens(x, s.order, s.inverse),
-        s.up_t, ExpertLayer(m.up, f.up_a, f.up_b), s.ends)
-    return rows, dw, (up_a, up_b, down_a, down_b)
-
-def shared_grad(g: Tensor | Rows8, x: Tensor, # as `routed_grad` takes them
-                m: Mixture, f: MixtureFactors, s: SavedMixture
-               ) -> tuple[Tensor, tuple]: # of x (T, D); of LoRA
-    "The gradients of the shared expert."
-    narrow = isinstance(m.up, Weight8)
-    d, down_a, down_b = linear_grad(
-        g, None if f.shared_down_a is None else relu2(s.shared), s.shared_down_t,
-        m.shared_down.weight, f.shared_down_a, f.shared_down_b, m.shared_down.scale)
-    dx, up_a, up_b = linear_grad(
-        activate_grad(s.shared, None, d, narrow, f.shared_up_a is not None)[0], x, s.shared_up_t,
-        m.shared_up.weight, f.shared_up_a, f.shared_up_b, m.shared_up.scale)
-    return dx, (up_a, up_b, down_a, down_b)
-
 # %% ../../nbs/3_fast/blocks.ipynb #e2b3e806
 class MixtureFunction(torch.autograd.Function):
     "`mixture_forward` with gradients for its input and LoRA's factors."
@@ -235,16 +202,34 @@ class MixtureFunction(torch.autograd.Function):
                 ) -> tuple: # of h and the factors
         m, tensors, n = ctx.m, ctx.saved_tensors, len(SavedMixture._fields)
         s, f = SavedMixture(*tensors[:n]), MixtureFactors(*tensors[n:])
+        narrow, g = isinstance(m.up, Weight8), g.contiguous()
         x, _ = norm(s.h, m.norm, m.eps)
-        g = g.contiguous()
-        rows_g = quantise(g, True) if isinstance(m.up, Weight8) else g
-        rows, dw, routed = routed_grad(rows_g, x, m, f, s)
-        dx, shared = shared_grad(rows_g, x, m, f, s)
+        gs = quantise(g, True) if narrow else g  # as wide as the matrices
+        # the routed experts
+        d_down, down_a, down_b = expert_linear_grad(
+            dispatch_rows(gs, s.order, s.inverse, f.down_a is not None),
+            None if f.down_a is None else relu2(s.up, s.w),
+            s.down_t, ExpertLayer(m.down, f.down_a, f.down_b), s.ends)
+        d_up, dw = activate_grad(s.up, s.w, d_down, narrow, f.up_a is not None)
+        rows, up_a, up_b = expert_linear_grad(
+            d_up, None if f.up_a is None else dispatch_tokens(x, s.order, s.inverse),
+            s.up_t, ExpertLayer(m.up, f.up_a, f.up_b), s.ends)
+        # the shared expert
+        d_shared, shared_down_a, shared_down_b = linear_grad(
+            gs, None if f.shared_down_a is None else relu2(s.shared), s.shared_down_t,
+            m.shared_down.weight, f.shared_down_a, f.shared_down_b, m.shared_down.scale)
+        dx, shared_up_a, shared_up_b = linear_grad(
+            activate_grad(s.shared, None, d_shared, narrow, f.shared_up_a is not None)[0],
+            x, s.shared_up_t,
+            m.shared_up.weight, f.shared_up_a, f.shared_up_b, m.shared_up.scale)
+        # the router, the sum, the norm
         dw = dw[s.inverse].view(-1, m.k)
         halves = route_grad(s.logits, s.index, dw, m.scale, m.normalised, s.h.dtype)
         dx.addmm_(halves, torch.cat([m.router, m.router]).to(s.h.dtype))
         dx = combine(rows, s.inverse, m.k, s.h.dtype, dx)
-        return norm_grad(dx, g, s.h, m.norm, s.rstd), None, *routed, *shared
+        dh = norm_grad(dx, g, s.h, m.norm, s.rstd)
+        return (dh, None, up_a, up_b, down_a, down_b,
+                shared_up_a, shared_up_b, shared_down_a, shared_down_b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #bf8c8831
 class Mamba(NamedTuple):
@@ -269,19 +254,6 @@ def mamba_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMamba2Mix
     return m, (into.a, into.b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #0f68e47a
-def mamba_projection(h: Tensor, # (T, D)
-                     m: Mamba,
-                     a: Tensor | None, b: Tensor | None # LoRA's factors
-                    ) -> tuple[Tensor, Tensor, Tensor | None]: # (T, …); rstd (T,); t (T, r)
-    "in_proj(norm(h)), with LoRA."
-    layer = m.in_proj
-    as_one = a is not None and layer.padding == len(a)
-    if isinstance(layer.weight, Weight8): x, rstd = norm_float8(h, m.norm, m.eps)
-    else: x, rstd = norm(h, m.norm, m.eps, layer.padding if as_one else 0)
-    linear = padded_linear if as_one else linear_forward
-    projected, t = linear(x, layer.weight, a, b, layer.scale)
-    return projected, rstd, t
-
 class SavedMamba(NamedTuple):
     "What `MambaFunction` keeps for its backward."
     h: Tensor  # (T, D) the residual stream
@@ -301,7 +273,12 @@ class MambaFunction(torch.autograd.Function):
                 m: Mamba, first: Tensor, last: Tensor, # (T,) int32, from `scan.document_ends`
                 a: Tensor | None, b: Tensor | None # LoRA's factors for in_proj
                ) -> Tensor: # (T, D)
-        projected, rstd, t = mamba_projection(h, m, a, b)
+        layer = m.in_proj
+        as_one = a is not None and layer.padding == len(a)  # projection and adapter in one product
+        if isinstance(layer.weight, Weight8): x, rstd = norm_float8(h, m.norm, m.eps)
+        else: x, rstd = norm(h, m.norm, m.eps, layer.padding if as_one else 0)
+        linear = padded_linear if as_one else linear_forward
+        projected, t = linear(x, layer.weight, a, b, layer.scale)
         ctx.save_for_backward(*SavedMamba(h, rstd, projected, t, first, last, a, b))
         ctx.m = m
         narrow = isinstance(m.out_proj, Weight8)
@@ -316,10 +293,9 @@ class MambaFunction(torch.autograd.Function):
         m, layer, s = ctx.m, ctx.m.in_proj, SavedMamba(*ctx.saved_tensors)
         d = scan_backward(
             frozen_matmul(g, m.out_proj.mT), s.projected, s.first, s.last, m.weights, m.sizes)
-        weight = layer.weight if ctx.needs_input_grad[0] else None  # None: no gradient for h
         dx, da, db = linear_grad(
             d, None if s.a is None else norm(s.h, m.norm, m.eps)[0],
-            s.t, weight, s.a, s.b, layer.scale)
+            s.t, layer.weight, s.a, s.b, layer.scale, ctx.needs_input_grad[0])
         if dx is not None: dx = norm_grad(dx, g.contiguous(), s.h, m.norm, s.rstd)
         return dx, None, None, None, da, db
 
@@ -353,8 +329,8 @@ class NormedLayers(torch.autograd.Function):
         x, _ = norm(h, ctx.w, ctx.eps)
         total, found = None, []
         for g, t, l, a, b in zip(gs, thin, layers, factors[::2], factors[1::2]):
-            weight = l.weight if ctx.needs_input_grad[0] else None
-            dx, da, db = linear_grad(g, x, t, weight, a, b, l.scale)
+            dx, da, db = linear_grad(
+                g, x, t, l.weight, a, b, l.scale, ctx.needs_input_grad[0])
             total = dx if total is None else total.add_(dx)
             found += [da, db]
         if total is not None: total = norm_grad(total, None, h, ctx.w, rstd)
@@ -408,7 +384,7 @@ def mamba_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHMamba2Mi
     rows = h.reshape(-1, h.shape[-1])
     return MambaFunction.apply(rows, m, *documents, *factors).view_as(h)
 
-# %% ../../nbs/3_fast/blocks.ipynb #b24610cf
+# %% ../../nbs/3_fast/blocks.ipynb #327d3eb6
 def block_forward(
     self, # a `NemotronHBlock`
     hidden_states: Tensor, # (B, T, D)

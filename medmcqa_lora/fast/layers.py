@@ -30,7 +30,7 @@ class LinearParts(NamedTuple):
     scale: float = 1.0
     padding: int = 0  # numbers of padding after each row of the weight, by `pad_weight`
 
-    def bare(self) -> Self:
+    def without_lora(self) -> Self:
         "The same without factors, for functions that take those as arguments of their own."
         return self._replace(a=None, b=None)
 

@@ -20,7 +20,7 @@ from ..core.recipe import Recipe
 from ..core.progress import report_run
 from medmcqa_lora.launch.preflight import (
     check_folder, check_free, check_processes, check_recipe_here, check_same_weights, check_views,
-    new_folder_name, resolve_parallel,
+    new_folder_name,
 )
 from .process_guard import STOP_SIGNALS, exit_after_signal, guarded
 from .hosts import Nodes, announce_end, find_cause, own_address, watch_hosts
@@ -232,10 +232,9 @@ def launch_train(recipe: Recipe,
     if resume: check_resume(folder, processes)
     if not several_hosts: check_free(folder)  # other hosts of this run may be this machine
     warn_if_slow(nproc, nodes, quiet)
-    recipe = resolve_parallel(recipe, processes)
     check_notebook(shipped_file("nbs/runs/train.ipynb"))
-    check_recipe_here(recipe, processes=processes)
-    check_launch_space(folder, recipe)
+    recipe, model = check_recipe_here(recipe, processes=processes)
+    check_launch_space(folder, recipe, model.structure)
     parameters = asdict(recipe) | dict(out=str(folder), resume=resume, quiet=quiet)
     with report_run(folder, "training", Interrupted, quiet, first=nodes.node_rank == 0):
         run_notebook("nbs/runs/train.ipynb", folder, parameters, nproc, nodes)
@@ -257,11 +256,11 @@ def check_scoring(scoring: Scoring, seed: int # for the orders
     return views
 
 def check_adapter_here(adapter: Path, # a run's adapter/ folder
-                       recipe: Recipe) -> None:
+                       recipe: Recipe, model: object # from `find_model`; LoRA is attached to it
+                      ) -> None:
     "Raises `ValueError` if an adapter can't be scored on a recipe's model."
-    from medmcqa_lora.model.adapter import check_adapter
-    from medmcqa_lora.model.merge import check_finite
-    check_adapter(adapter, recipe.model)
+    from medmcqa_lora.model.adapter import check_adapter, check_finite
+    check_adapter(adapter, recipe.model, model.structure)
     check_finite(adapter)
     check_same_weights(adapter, recipe)
 
@@ -282,8 +281,8 @@ def launch_evaluate(recipe: Recipe, # whose model and evaluation rows
     check_notebook(shipped_file("nbs/runs/evaluate.ipynb"))
     check_free(folder)
     warn_if_slow(nproc, Nodes(), quiet)
-    check_recipe_here(recipe, training=False)
-    if adapter is not None: check_adapter_here(adapter, recipe)
+    _, model = check_recipe_here(recipe, training=False)
+    if adapter is not None: check_adapter_here(adapter, recipe, model)
     parameters = asdict(recipe) | dict(
         out=str(folder), resume=resume, adapter=str(adapter or ""),
         views=views, orders=scoring.orders, quiet=quiet)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -24,8 +25,6 @@ from medmcqa_lora.core.files import (
 )
 from ..core.folders import check_room, publish_folder, delete_leftovers, atomic_folder
 from ..core.recipe import Recipe
-from ..model.resolve import is_nano_30b, resolve_model
-from ..model.checkpoint import model_structure
 from ..model.lora import count_trainable
 from .sharding import is_sharded
 
@@ -460,12 +459,10 @@ def check_run_space(
 # %% ../../nbs/4_training/checkpoints.ipynb #e1f2c540
 def check_launch_space(
     run: Path, # the run's folder, which need not exist
-    recipe: Recipe
+    recipe: Recipe,
+    model: nn.Module | None # its structure on the meta device; None: only the hub knows it
 ) -> None:
-    "Raises `ValueError` if a run would not fit its disk; passes models that only the hub knows."
-    if not is_nano_30b(recipe.model):
-        path = resolve_model(recipe.model, recipe.weights == "pretrained")
-        if not Path(path).is_dir(): return
-    model = model_structure(recipe.model)
+    "Raises `ValueError` if a run would not fit its disk."
+    if model is None: return
     vocabulary = model.config.get_text_config().vocab_size
     check_run_space(run, count_trainable(model, recipe), vocabulary, recipe)
