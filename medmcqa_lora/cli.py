@@ -210,11 +210,11 @@ def train(options: TrainOptions) -> None:
     "Train a recipe: papermill runs nbs/runs/train.ipynb under torchrun."
     settings = recipe_of(options.recipe, options.p, out=options.out)
     if options.script: return print_script(options, settings.out)
+    from medmcqa_lora.launch.hosts import Nodes
     from medmcqa_lora.launch.launcher import launch_train
-    folder = launch_train(
-        settings, Path(options.recipe).stem, options.resume, options.nproc_per_node,
-        quiet=options.quiet, nnodes=options.nnodes, node_rank=options.node_rank,
-        rdzv_endpoint=options.rdzv_endpoint, max_restarts=options.max_restarts)
+    nodes = Nodes(options.nnodes, options.node_rank, options.rdzv_endpoint, options.max_restarts)
+    folder = launch_train(settings, Path(options.recipe).stem, options.resume,
+                          options.nproc_per_node, quiet=options.quiet, nodes=nodes)
     if options.quiet: return
     say(f"\nnotebook  {folder}/train.ipynb\n"
         f"adapter   {folder}/adapter\n"
@@ -271,10 +271,10 @@ def scored_recipe(options: ScoreOptions, **more) -> Recipe: # `more`: other keys
 @command_of(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
     "Score a base model, or a tuned one, on the evaluation rows."
-    from medmcqa_lora.launch.launcher import launch_evaluate
+    from medmcqa_lora.launch.launcher import Scoring, launch_evaluate
     out, views = options.out, [view.strip() for view in options.views.split(",")]
     launch_evaluate(scored_recipe(options), out, options.adapter, options.resume,
-                    options.nproc_per_node, views, options.orders, options.quiet)
+                    options.nproc_per_node, Scoring(tuple(views), options.orders), options.quiet)
     if options.quiet: return
     say(f"\npredictions  {out}/predictions.jsonl\n"
         f"summary      {out}/summary.json\n"
@@ -458,8 +458,8 @@ def bench(options: BenchOptions) -> None:
     from medmcqa_lora.bench.run import run_ablation, run_bench
     from medmcqa_lora.launch.preflight import new_folder_name
     folder = options.out or Path(new_folder_name("bench"))
-    load = Workload(options.tokens, options.steps, options.warmup, options.profiled, options.layers,
-                options.lengths, options.peak)
+    load = Workload(options.tokens, options.steps, options.warmup, options.profiled,
+                    options.layers, options.lengths, options.peak)
     if options.ablation:
         results = run_ablation(settings, names, levers, load, folder, say, options.commit)
         text, table, figure = describe_ablation(results), "ablation.md", "VARIANT-ablation.png"
@@ -520,14 +520,14 @@ def run_demo(settings: Recipe, # for both evaluations
     "Base score, training, tuned score, comparison."
     from medmcqa_lora.analysis.model_card import write_run_card
     from medmcqa_lora.analysis.gain_report import write_gain
-    from medmcqa_lora.launch.launcher import launch_evaluate, launch_train
+    from medmcqa_lora.launch.launcher import Scoring, launch_evaluate, launch_train
 
     def tell(text):
         if not quiet: say(text)
 
     def score(name, **more):
         if (folder / name / "summary.json").exists(): return
-        launch_evaluate(settings, folder / name, views=["letters", "generation"],
+        launch_evaluate(settings, folder / name, scoring=Scoring(("letters", "generation")),
                         resume=(folder / name).is_dir(), quiet=quiet, **more)
 
     tell(f"1/4  the score of {settings.model} as it is")

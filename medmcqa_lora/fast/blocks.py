@@ -293,9 +293,10 @@ class MambaFunction(torch.autograd.Function):
         m, layer, s = ctx.m, ctx.m.in_proj, SavedMamba(*ctx.saved_tensors)
         d = scan_backward(
             frozen_matmul(g, m.out_proj.mT), s.projected, s.first, s.last, m.weights, m.sizes)
+        weight = layer.weight if ctx.needs_input_grad[0] else None  # None: no gradient for h
         dx, da, db = linear_grad(
             d, None if s.a is None else norm(s.h, m.norm, m.eps)[0],
-            s.t, layer.weight, s.a, s.b, layer.scale, ctx.needs_input_grad[0])
+            s.t, weight, s.a, s.b, layer.scale)
         if dx is not None: dx = norm_grad(dx, g.contiguous(), s.h, m.norm, s.rstd)
         return dx, None, None, None, da, db
 
@@ -329,8 +330,8 @@ class NormedLayers(torch.autograd.Function):
         x, _ = norm(h, ctx.w, ctx.eps)
         total, found = None, []
         for g, t, l, a, b in zip(gs, thin, layers, factors[::2], factors[1::2]):
-            dx, da, db = linear_grad(
-                g, x, t, l.weight, a, b, l.scale, ctx.needs_input_grad[0])
+            weight = l.weight if ctx.needs_input_grad[0] else None
+            dx, da, db = linear_grad(g, x, t, weight, a, b, l.scale)
             total = dx if total is None else total.add_(dx)
             found += [da, db]
         if total is not None: total = norm_grad(total, None, h, ctx.w, rstd)
