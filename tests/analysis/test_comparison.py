@@ -7,12 +7,23 @@ from test_gain import QUESTIONS, evaluation, without_padding
 
 from medmcqa_lora.analysis.calibration import calibration, letter_logits, nll
 from medmcqa_lora.analysis.comparison import (
-    Comparison, compare_evaluations, comparison_table, comparison_verdict, write_comparison,
+    Comparison,
+    compare_evaluations,
+    comparison_table,
+    comparison_verdict,
+    write_comparison,
 )
 from medmcqa_lora.analysis.overlap import read_overlaps, score_parts
 from medmcqa_lora.analysis.published import (
-    accuracy_from_counts, check_published_questions, find_evaluations, gain_rows, overall_rows,
-    published_summaries, run_facts, subject_report, write_report,
+    accuracy_from_counts,
+    check_published_questions,
+    find_evaluations,
+    gain_rows,
+    overall_rows,
+    published_summaries,
+    run_facts,
+    subject_report,
+    write_report,
 )
 from medmcqa_lora.data.schemas import LETTERS
 from medmcqa_lora.evaluation.records import read_evaluation

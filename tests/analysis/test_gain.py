@@ -11,8 +11,17 @@ from conftest import ROOT
 from helpers import check_one_line
 
 from medmcqa_lora.analysis.gain import (
-    AS_IT_IS, NO_PRIOR, RULES, GainSplit, gain_verdict, letter_logprobs_of, paired_p, read_answers,
-    read_options, split_gain, subject_gains,
+    AS_IT_IS,
+    NO_PRIOR,
+    RULES,
+    GainSplit,
+    gain_verdict,
+    letter_logprobs_of,
+    paired_p,
+    read_answers,
+    read_options,
+    split_gain,
+    subject_gains,
 )
 from medmcqa_lora.analysis.gain_report import gain_table, write_gain
 from medmcqa_lora.analysis.leaderboard import leaderboard

@@ -10,7 +10,7 @@ from medmcqa_lora.analysis.model_card import header_results, leakage_limit
 from medmcqa_lora.analysis.published import published
 from medmcqa_lora.core.files import append_lines, read_lines
 from medmcqa_lora.data.questions import load_questions
-from medmcqa_lora.evaluation.option_order import draw_orders, reorder_options, order_record
+from medmcqa_lora.evaluation.option_order import draw_orders, order_record, reorder_options
 from medmcqa_lora.evaluation.records import read_evaluation
 from medmcqa_lora.model.hub import check_shareable
 from medmcqa_lora.training.run_folder import write_card

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from medmcqa_lora.core import folders
-from medmcqa_lora.core.folders import lock_folder, is_locked, unlock_folder, atomic_folder
+from medmcqa_lora.core.folders import atomic_folder, is_locked, lock_folder, unlock_folder
 
 HOLD = """
 import sys

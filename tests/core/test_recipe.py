@@ -9,10 +9,10 @@ from conftest import ROOT
 
 from medmcqa_lora.core.recipe import (
     Recipe,
-    type_in_words,
     parse_value,
     recipe_problems,
     recipe_types,
+    type_in_words,
 )
 from medmcqa_lora.core.recipe_files import load_recipe, read_ini
 

@@ -16,7 +16,12 @@ from helpers import check_one_line
 
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import (
-    DROPS, count_overlaps, describe_overlaps, find_overlaps, load_pair, question_line,
+    DROPS,
+    count_overlaps,
+    describe_overlaps,
+    find_overlaps,
+    load_pair,
+    question_line,
 )
 from medmcqa_lora.data.questions import Question, load_questions
 from medmcqa_lora.data.similarity import NEAR, normalise, overlap_key, shingles

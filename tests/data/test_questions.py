@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from medmcqa_lora.data.questions import Question, describe_problems, to_question
-from medmcqa_lora.data.schemas import _nested, check_fields, flatten_record, detect_label_base
+from medmcqa_lora.data.schemas import _nested, check_fields, detect_label_base, flatten_record
 
 ROW = dict(question="?", opa=1, opb=2.5, opc=None, opd="x", cop=1, other=["not read"])
 Q = Question("q1", "Which organ makes insulin?", ("Liver", "Pancreas", "Spleen", "Kidney"), 1)

@@ -5,7 +5,7 @@ from collections import Counter
 from conftest import REAL
 
 from medmcqa_lora.core.files import shipped_file
-from medmcqa_lora.data.questions import question_hash, load_questions
+from medmcqa_lora.data.questions import load_questions, question_hash
 from medmcqa_lora.data.sources import read_file
 
 FIELDS = ["id", "question", "opa", "opb", "opc", "opd", "cop", "choice_type", "exp",

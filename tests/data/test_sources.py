@@ -8,7 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from medmcqa_lora.data.sources import (
-    _csv_records, _json_records, _parquet_records, read_file, read_source,
+    _csv_records,
+    _json_records,
+    _parquet_records,
+    read_file,
+    read_source,
 )
 
 

@@ -12,7 +12,12 @@ from conftest import ALL, ROOT
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.questions import load_questions
 from medmcqa_lora.data.tokens import (
-    CACHED, _valid_stream, check_fits, encode_questions, encoding_key, forget_oldest,
+    CACHED,
+    _valid_stream,
+    check_fits,
+    encode_questions,
+    encoding_key,
+    forget_oldest,
     sample_tokenizer,
 )
 

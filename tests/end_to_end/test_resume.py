@@ -17,7 +17,11 @@ from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.launch.launcher import LaunchError, launch_train
 from medmcqa_lora.training.checkpoints import (
-    MANIFEST, find_damage, list_checkpoints, read_manifest, write_manifest,
+    MANIFEST,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+    write_manifest,
 )
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
@@ -226,6 +230,7 @@ def broadcast(runs: list[str]) -> None:
     from types import SimpleNamespace
 
     from accelerate import PartialState
+
     from medmcqa_lora.training.checkpoints import Checkpointer, broadcast_checkpoint
 
     state = PartialState(cpu=True)

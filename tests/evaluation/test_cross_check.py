@@ -14,7 +14,12 @@ from medmcqa_lora.data.questions import Question, load_questions
 from medmcqa_lora.data.schemas import FIELDS, LETTERS
 from medmcqa_lora.evaluation import cross_check
 from medmcqa_lora.evaluation.cross_check import (
-    TOLERANCE, check_questions, classify_difference, harness_scores, local_task, summarise_check,
+    TOLERANCE,
+    check_questions,
+    classify_difference,
+    harness_scores,
+    local_task,
+    summarise_check,
     task_rows,
 )
 from medmcqa_lora.evaluation.letters import encode_prompts, letter_logprobs, score_questions

@@ -9,7 +9,10 @@ from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_evaluation
 from medmcqa_lora.evaluation import letters as letters_module
 from medmcqa_lora.evaluation.letters import (
-    encode_prompts, letter_logprobs, prompt_batch, score_questions,
+    encode_prompts,
+    letter_logprobs,
+    prompt_batch,
+    score_questions,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, collect
 from medmcqa_lora.fast.apply import apply_fast_parts

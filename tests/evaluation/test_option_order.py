@@ -9,17 +9,27 @@ import pytest
 from conftest import ALL
 
 from medmcqa_lora.analysis.calibration import (
-    brier, calibration, expected_error, letter_logits, letter_probabilities, reliability,
+    brier,
+    calibration,
+    expected_error,
+    letter_logits,
+    letter_probabilities,
+    reliability,
 )
 from medmcqa_lora.core.files import append_lines
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.prompts import render_prompt, with_examples
-from medmcqa_lora.data.questions import fingerprint, question_hash, load_evaluation, load_questions
+from medmcqa_lora.data.questions import fingerprint, load_evaluation, load_questions, question_hash
 from medmcqa_lora.data.schemas import LETTERS
 from medmcqa_lora.evaluation.letters import choose_prompt_packing, encode_prompts
 from medmcqa_lora.evaluation.option_order import (
-    draw_orders, reorder_options, letter_bias, order_record, score_orders, summarise_orders,
+    draw_orders,
+    letter_bias,
+    order_record,
+    reorder_options,
+    score_orders,
+    summarise_orders,
     write_orders_comparison,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, begin_evaluation, collect

@@ -8,7 +8,11 @@ from medmcqa_lora.core.files import write_file
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_evaluation
 from medmcqa_lora.evaluation.options import (
-    distinct_rows, encode_options, options_prompt, score_options, score_repeated_prompts,
+    distinct_rows,
+    encode_options,
+    options_prompt,
+    score_options,
+    score_repeated_prompts,
     score_shared_prompts,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, collect

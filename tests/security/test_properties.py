@@ -25,15 +25,15 @@ from medmcqa_lora.core.recipe import (  # noqa: E402
 from medmcqa_lora.core.recipe_files import load_recipe, recipe_from  # noqa: E402
 from medmcqa_lora.core.text import (  # noqa: E402
     csv_text,
+    escape_braces,
     in_markdown,
     is_text,
     label,
-    escape_braces,
     nearest_hint,
     shorten,
 )
 from medmcqa_lora.data.prompts import render_prompt  # noqa: E402
-from medmcqa_lora.data.questions import describe_problems, question_hash, load_questions  # noqa: E402
+from medmcqa_lora.data.questions import describe_problems, load_questions, question_hash  # noqa: E402
 from medmcqa_lora.data.schemas import LETTERS, detect_label_base  # noqa: E402
 from medmcqa_lora.evaluation.generation import parse_letter  # noqa: E402
 
