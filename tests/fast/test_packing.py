@@ -13,7 +13,7 @@ from conftest import ALL, ROOT
 from helpers import trained
 from transformers import NemotronHConfig, masking_utils
 
-from benchmarks.isolation import isolation, make_recipe
+from benchmarks.correctness.isolation import isolation, make_recipe
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
@@ -22,7 +22,7 @@ from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.evaluation import letters as evaluation
 from medmcqa_lora.evaluation.generation import generate_texts, pad_left
 from medmcqa_lora.evaluation.letters import letter_logprobs, pad_right, score_questions
-from medmcqa_lora.evaluation.records import read_records
+from medmcqa_lora.evaluation.records import EvaluationOutput, read_records
 from medmcqa_lora.fast import apply, packing
 from medmcqa_lora.fast.apply import apply_fast_parts, check_kernels
 from medmcqa_lora.fast.packing import (
@@ -335,8 +335,8 @@ def test_a_triton_only_mamba_ssm_is_found_by_a_launch(tmp_path):
 def scores(folder, model, tokenizer, questions, recipe, packed, place=(0, 1)):
     """Log-probabilities by question, in the order of the file; place: rank and world size."""
     folder.mkdir(exist_ok=True)
-    score_questions(
-        model, tokenizer, questions, recipe, folder, *place, quiet=True, packed=packed)
+    output = EvaluationOutput(folder, *place, quiet=True)
+    score_questions(model, tokenizer, questions, recipe, output, packed)
     return {k: list(p["logprobs"].values()) for k, p in read_records(folder).items()}
 
 

@@ -16,7 +16,7 @@ from conftest import ALL, ROOT
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from benchmarks.isolation import GROUPS, adapted
+from benchmarks.correctness.isolation import GROUPS, adapted
 from medmcqa_lora.core.environment import compute_device
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
