@@ -336,7 +336,7 @@ def scores(folder, model, tokenizer, questions, recipe, packed, place=(0, 1)):
     """Log-probabilities by question, in the order of the file; place: rank and world size."""
     folder.mkdir(exist_ok=True)
     output = EvaluationOutput(folder, *place, quiet=True)
-    score_questions(model, tokenizer, questions, recipe, output, packed)
+    score_questions(model, tokenizer, questions, recipe, output, packed=packed)
     return {k: list(p["logprobs"].values()) for k, p in read_records(folder).items()}
 
 

@@ -203,7 +203,8 @@ def test_measured_peaks_of_the_30b_model(nano):
         assert ratio == pytest.approx(1, abs=tolerance), row.to_dict()
 
 
-RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/memory.jsonl").read_text().splitlines()]
+PEAKS = ROOT / "benchmarks/results/peak.jsonl"
+RECORDS = [json.loads(line) for line in PEAKS.read_text().splitlines()]
 LARGE = [r for r in RECORDS if r["peak_gib"] and r["parameters"] > 1e9]
 
 

@@ -16,7 +16,7 @@ from ...fast.mamba import LONGEST
 # %% ../../../nbs/4_training/memory/blocks.ipynb #8c8edfa9
 @dataclass(frozen=True)
 class Pass:
-    "A micro-batch, and which code computes it; fields are keys of `benchmarks/memory.jsonl`."
+    "A micro-batch, and which code computes it; fields are keys of `benchmarks/results/peak.jsonl`."
     rows: int  # of the batch
     length: int  # tokens per row, padding included
     half: bool = True  # bfloat16 under autocast; else float32
