@@ -15,7 +15,7 @@ from ..core.environment import INSTALL, memory_explained, missing_kernels
 from ..core.recipe import Recipe
 from .blocks import speed_up, to_float8
 from .experts import is_grouped
-from .float8 import has_float8_product, float8_weights
+from .float8 import float8_weights, has_float8_product
 from .layers import is_fused
 from .mamba import LONGEST, can_scan, has_own_scan
 from .operations import use_triton

@@ -21,18 +21,19 @@ from medmcqa_lora.fast.experts import (
     sort_by_expert, unwrap_experts, use_grouped_experts,
 )
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, quantise_weight, frozen_matmul, quantise, restore_weight, weight_of, unquantised,
+    Rows8, Weight8, frozen_matmul, quantise, quantise_weight, restore_weight, unquantised,
+    weight_of,
 )
 from medmcqa_lora.fast.layers import (
-    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad, linear_parts, pad_weight,
-    padded_linear,
+    FUSED_FORWARDS, LinearParts, fuse, is_fused, is_relu2, linear_forward, linear_grad,
+    linear_parts, pad_weight, padded_linear,
 )
 from medmcqa_lora.fast.mamba import (
     MambaSizes, MambaWeights, can_scan, mamba_sizes, mamba_weights, scan_backward, scan_forward,
 )
 from medmcqa_lora.fast.operations import (
-    combine, norm, norm_grad, norm_float8, relu2, relu2_grad, relu2_grad_float8, relu2_float8,
-    route, route_grad, router_logits, dispatch_tokens, dispatch_tokens_float8,
+    combine, dispatch_tokens, dispatch_tokens_float8, norm, norm_float8, norm_grad, relu2,
+    relu2_float8, relu2_grad, relu2_grad_float8, route, route_grad, router_logits,
 )
 
 # %% ../../nbs/3_fast/blocks.ipynb #80556c93
@@ -120,7 +121,8 @@ def mixture_parts(block: nn.Module # a `NemotronHBlock` with a `NemotronHMoE`
                              shared_up.a, shared_up.b, shared_down.a, shared_down.b)
 
 # %% ../../nbs/3_fast/blocks.ipynb #2e9d1f32
-def dispatch_rows(x: Tensor | Rows8, order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
+def dispatch_rows(x: Tensor | Rows8,
+                  order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
                   keep: bool # of 8-bit rows, the rows themselves, too
                  ) -> Tensor | Rows8: # (S, D)
     "Each token in the rows of its experts, as wide as it comes."
@@ -385,7 +387,7 @@ def mamba_block(block: nn.Module, # a `NemotronHBlock` with a `NemotronHMamba2Mi
     rows = h.reshape(-1, h.shape[-1])
     return MambaFunction.apply(rows, m, *documents, *factors).view_as(h)
 
-# %% ../../nbs/3_fast/blocks.ipynb #327d3eb6
+# %% ../../nbs/3_fast/blocks.ipynb #b24610cf
 def block_forward(
     self, # a `NemotronHBlock`
     hidden_states: Tensor, # (B, T, D)

@@ -16,10 +16,10 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from medmcqa_lora.fast.float8 import (
-    Rows8, Weight8, dequantise, has_float8_product, quantise, weight_of, unquantised,
+    Rows8, Weight8, dequantise, has_float8_product, quantise, unquantised, weight_of,
 )
 from .layers import is_relu2
-from .operations import combine, relu2, relu2_grad, dispatch_tokens
+from .operations import combine, dispatch_tokens, relu2, relu2_grad
 
 # %% ../../nbs/3_fast/experts.ipynb #201f7753
 def sort_by_expert(index: Tensor, # (T, k) expert of each slot, from the router

@@ -23,7 +23,7 @@ from medmcqa_lora.launch.preflight import resolve_parallel
 from medmcqa_lora.launch.worker import World
 from medmcqa_lora.model.adapter import adapter_shapes, check_adapter, load_adapter
 from medmcqa_lora.model.load import load_model
-from medmcqa_lora.model.resolve import TOY
+from medmcqa_lora.model.resolve import TOY, find_model
 from medmcqa_lora.training.run_folder import start_run
 
 WAYS = ("ddp", "fsdp")
@@ -47,7 +47,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_run(found: Path, wanted: Path, processes: int) -> None:
-    """Losses within 1e-5 of their size, the same tokens, an adapter of the same layout and numbers."""
+    """Losses within 1e-5 of their size, equal tokens, an adapter of equal layout and numbers."""
     assert losses(found) == pytest.approx(losses(wanted), rel=1e-5)
     lines = [read_lines(folder / "metrics.jsonl") for folder in (found, wanted)]
     tokens, expected = ([m["tokens"] for m in each] for each in lines)
@@ -357,10 +357,11 @@ def test_a_run_is_not_resumed_in_another_way(two):
 def test_auto_shards_where_a_replica_does_not_fit(monkeypatch):
     """By the plan, for GPUs of 40 and 80 GiB; without a GPU nothing changes."""
     nano = load_recipe("nemotron_nano", {"weights": "random"})
-    assert resolve_parallel(nano, 4) == nano
+    model = find_model(nano, structure_only=True)
+    assert resolve_parallel(nano, model, 4) == nano
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for gib, processes, way in ((80, 4, "auto"), (40, 4, "fsdp"), (40, 1, "auto")):
         gpu = type("GPU", (), dict(total_memory=gib * 2**30))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i, gpu=gpu: gpu)
-        assert resolve_parallel(nano, processes).parallel == way
-    assert resolve_parallel(replace(nano, parallel="ddp"), 4).parallel == "ddp"
+        assert resolve_parallel(nano, model, processes).parallel == way
+    assert resolve_parallel(replace(nano, parallel="ddp"), model, 4).parallel == "ddp"
