@@ -37,12 +37,9 @@ def check_demo(out: str, run: Path, n: int):
     assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["gain"]["verdict"] in card
-    assert comparison["n"] == n
-    figures = {p.name for p in (run / "figures").iterdir()}
-    assert figures == {"data.png", "loss.png", "by_subject.png", "letters.png", "gain.png"}
-    for side in ("base", "tuned"):
-        assert len(read_lines(run / side / "predictions.jsonl")) == n
+    assert comparison["verdict"] in card and comparison["gain"]["verdict"] in card and comparison["n"] == n
+    assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png", "gain.png"}
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == n
     assert len(read_lines(run / "base/generations.jsonl")) == n and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
 
@@ -156,15 +153,11 @@ def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict:
 
 
 def trained(folder, packed: bool, **settings):
-    """Logged steps and evaluations of a short run, and its adapter without gradients."""
-    defaults = {"max_steps": "6", "save_steps": "6", "eval_steps": "6", "max_rows": "40"}
-    recipe = load_recipe("toy", defaults | settings)
-    tokenizer = load_tokenizer(recipe)
-    pair = load_pair(recipe)
-    rows, held_out = (encode_questions(r.questions, tokenizer, recipe) for r in pair)
+    """Losses and gradient-free adapter of a short run, and the token counts it logged."""
+    recipe = load_recipe("toy", {"max_steps": "6", "save_steps": "6", "eval_steps": "6", "max_rows": "40", **settings})
+    tokenizer, (rows, held_out) = load_tokenizer(recipe), load_pair(recipe)
+    encoded, evaluation = (encode_questions(r.questions, tokenizer, recipe) for r in (rows, held_out))
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
     folder.mkdir()
-    train(make_trainer(model, tokenizer, rows, recipe, folder, held_out, packed), folder)
-    steps, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl")
-    adapter = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return steps, evaluations, adapter
+    train(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
+    return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
