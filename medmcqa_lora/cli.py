@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 import typer
 from typer import Argument, Option
-from .core.text import short, visible
+from .core.text import shorten, visible
 from .core.recipe import Recipe
 from .core.recipe_files import load_recipe
 from .launch.launcher import Interrupted, LaunchError
@@ -210,11 +210,11 @@ def train(options: TrainOptions) -> None:
     "Train a recipe: papermill runs nbs/runs/train.ipynb under torchrun."
     settings = recipe_of(options.recipe, options.p, out=options.out)
     if options.script: return print_script(options, settings.out)
+    from medmcqa_lora.launch.hosts import Nodes
     from medmcqa_lora.launch.launcher import launch_train
-    folder = launch_train(
-        settings, Path(options.recipe).stem, options.resume, options.nproc_per_node,
-        quiet=options.quiet, nnodes=options.nnodes, node_rank=options.node_rank,
-        rdzv_endpoint=options.rdzv_endpoint, max_restarts=options.max_restarts)
+    nodes = Nodes(options.nnodes, options.node_rank, options.rdzv_endpoint, options.max_restarts)
+    folder = launch_train(settings, Path(options.recipe).stem, options.resume,
+                          options.nproc_per_node, quiet=options.quiet, nodes=nodes)
     if options.quiet: return
     say(f"\nnotebook  {folder}/train.ipynb\n"
         f"adapter   {folder}/adapter\n"
@@ -229,11 +229,11 @@ AsJson = Annotated[bool, Option("--json", help="One JSON object.")]
 def status(run: RunFolder, as_json: AsJson = False) -> None:
     ("State, step, loss, speed, last checkpoint, whether it is alive; "
      "exit code 0 running or finished, 1 no run, 3 failed, 4 interrupted, 5 stalled.")
-    from medmcqa_lora.launch.status import EXIT, describe_status, read_status
+    from medmcqa_lora.launch.status import EXIT_CODES, describe_status, read_status
     found = read_status(run)
     if as_json: print(json.dumps(found, allow_nan=False), flush=True)
     else: say(describe_status(found))
-    raise typer.Exit(EXIT[found["state"]])
+    raise typer.Exit(EXIT_CODES[found["state"]])
 
 # %% ../nbs/9_cli.ipynb #ab89d7c8
 @dataclass(kw_only=True)
@@ -271,10 +271,10 @@ def scored_recipe(options: ScoreOptions, **more) -> Recipe: # `more`: other keys
 @command_of(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
     "Score a base model, or a tuned one, on the evaluation rows."
-    from medmcqa_lora.launch.launcher import launch_evaluate
+    from medmcqa_lora.launch.launcher import Scoring, launch_evaluate
     out, views = options.out, [view.strip() for view in options.views.split(",")]
     launch_evaluate(scored_recipe(options), out, options.adapter, options.resume,
-                    options.nproc_per_node, views, options.orders, options.quiet)
+                    options.nproc_per_node, Scoring(tuple(views), options.orders), options.quiet)
     if options.quiet: return
     say(f"\npredictions  {out}/predictions.jsonl\n"
         f"summary      {out}/summary.json\n"
@@ -301,20 +301,20 @@ def compare(base_dir: BaseFolder, tuned_dir: TunedFolder, format_reference: Refe
             out: CompareOut = None, without: Without = None) -> None:
     ("Paired comparison of two evaluations of the same questions; "
      "the gain split into format and the rest.")
-    from medmcqa_lora.evaluation.option_order import write_orders
+    from medmcqa_lora.evaluation.option_order import write_orders_comparison
     from medmcqa_lora.analysis.overlap import score_without
     from medmcqa_lora.analysis.gain_report import write_gain
     from medmcqa_lora.launch.preflight import check_folder
     if out: check_folder(out, resume=False)
     # both refuse what is broken before anything is written
     parts = score_without(base_dir, tuned_dir, without) if without else ""
-    orders = write_orders(base_dir, tuned_dir)
+    orders = write_orders_comparison(base_dir, tuned_dir)
     gain = write_gain(base_dir, tuned_dir, out, tuple(format_reference))
     text = "\n".join(part for part in (gain, orders, parts) if part)
     say(text)
     update_card(base_dir, tuned_dir, text, limits=parts.rstrip().split("\n")[-1])
     if not out: return
-    write_orders(base_dir, tuned_dir, out)
+    write_orders_comparison(base_dir, tuned_dir, out)
     if without: score_without(base_dir, tuned_dir, without, out)
     say(f"comparison  {out}/comparison.md, {out}/comparison.json\n"
         f"by subject  {out}/by_subject.csv\n"
@@ -397,7 +397,7 @@ def push(run: Annotated[Path, Argument(help="The --out folder of a finished trai
          repo: Annotated[str, Argument(help="Such as NAME/medmcqa-lora.")],
          public: Annotated[bool, Option("--public", help="For everybody to see.")] = False) -> None:
     "Upload a run's adapter and model card to the Hugging Face hub."
-    from medmcqa_lora.model.hub import push as upload
+    from medmcqa_lora.model.hub import upload_run as upload
     say(f"hub  {upload(run, repo, public)}")
 
 @app.command()
@@ -453,13 +453,13 @@ def bench(options: BenchOptions) -> None:
     if levers and not options.ablation:
         raise ValueError(f"--levers {options.levers}: goes with --ablation")
     settings = recipe_of(options.recipe, options.p)
-    from medmcqa_lora.bench.variants import Load
+    from medmcqa_lora.bench.variants import Workload
     from medmcqa_lora.bench.tables import describe_ablation, describe_bench
     from medmcqa_lora.bench.run import run_ablation, run_bench
     from medmcqa_lora.launch.preflight import new_folder_name
     folder = options.out or Path(new_folder_name("bench"))
-    load = Load(options.tokens, options.steps, options.warmup, options.profiled, options.layers,
-                options.lengths, options.peak)
+    load = Workload(options.tokens, options.steps, options.warmup, options.profiled,
+                    options.layers, options.lengths, options.peak)
     if options.ablation:
         results = run_ablation(settings, names, levers, load, folder, say, options.commit)
         text, table, figure = describe_ablation(results), "ablation.md", "VARIANT-ablation.png"
@@ -479,7 +479,7 @@ def begin_demo(settings: Recipe,
               ) -> None:
     "Lock a demo's folder for this process; raises `ValueError` if it holds something else."
     from medmcqa_lora.core.files import write_json
-    from medmcqa_lora.core.folders import hold
+    from medmcqa_lora.core.folders import lock_folder
     from medmcqa_lora.launch.preflight import check_folder
     check_folder(folder, resume)
     file = folder / "demo.json"
@@ -487,15 +487,15 @@ def begin_demo(settings: Recipe,
         raise ValueError(f"--out {folder}: holds no demo to go on with; name its folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists(): write_json(file, vars(settings))
-    hold(file, patience=3)
+    lock_folder(file, patience=3)
 
 def unfinished_demo(settings: Recipe) -> Path | None: # none: begin a new one
     "The newest demo's folder, if it was interrupted and had the same settings."
-    from medmcqa_lora.core.folders import is_held
+    from medmcqa_lora.core.folders import is_locked
     folders = [file.parent for file in Path("_runs").glob("demo-*/demo.json")]
     if not folders: return None
     newest = max(folders)
-    if (newest / "comparison.json").exists() or is_held(newest / "demo.json"): return None
+    if (newest / "comparison.json").exists() or is_locked(newest / "demo.json"): return None
     try: before = json.loads((newest / "demo.json").read_text())
     except (OSError, ValueError): return None
     return newest if before == json.loads(json.dumps(vars(settings))) else None
@@ -520,14 +520,14 @@ def run_demo(settings: Recipe, # for both evaluations
     "Base score, training, tuned score, comparison."
     from medmcqa_lora.analysis.model_card import write_run_card
     from medmcqa_lora.analysis.gain_report import write_gain
-    from medmcqa_lora.launch.launcher import launch_evaluate, launch_train
+    from medmcqa_lora.launch.launcher import Scoring, launch_evaluate, launch_train
 
     def tell(text):
         if not quiet: say(text)
 
     def score(name, **more):
         if (folder / name / "summary.json").exists(): return
-        launch_evaluate(settings, folder / name, views=["letters", "generation"],
+        launch_evaluate(settings, folder / name, scoring=Scoring(("letters", "generation")),
                         resume=(folder / name).is_dir(), quiet=quiet, **more)
 
     tell(f"1/4  the score of {settings.model} as it is")
@@ -550,7 +550,7 @@ def run_demo(settings: Recipe, # for both evaluations
 def error_line(e: BaseException) -> str: # what, where, what to do
     "A user's error in one line, without control characters."
     text = f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
-    return visible(" ".join(short(text).split()))
+    return visible(" ".join(shorten(text).split()))
 
 def main(argv: list[str] | None = None # words after the command's name; none: sys.argv's
         ) -> None: # exits with 0, 1 for a user's error, 2 for wrong usage, 130 when interrupted

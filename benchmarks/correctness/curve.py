@@ -25,14 +25,14 @@ import torch
 from benchmarks.common import add_record_options, append_record, circumstances, print_differences
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.data.questions import load_questions, question_hash
 from medmcqa_lora.data.tokens import Encoded, encode_questions
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast.packing import packing_collator
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 from tests.helpers import GROUPS
 
 WINDOW = 20  # steps of the running mean, which takes out what one batch differs from another
@@ -50,7 +50,7 @@ class Rows:
 def split_rows(args, tokenizer, recipe: Recipe) -> Rows:
     """Different questions: half for pre-training, half for LoRA, the last ones held out."""
     loaded = load_questions(args.data, "train", training=True).questions
-    different = list({identity(q): q for q in loaded}.values())[: args.rows]
+    different = list({question_hash(q): q for q in loaded}.values())[: args.rows]
     questions, last = different[: -args.held_out], different[-args.held_out :]
     half = len(questions) // 2
     letters = replace(recipe, target="letter")
@@ -110,7 +110,7 @@ def lora_curve(recipe: Recipe, order: int, tokenizer, rows: Rows, folder: Path) 
     trainer = make_trainer(
         model, tokenizer, rows.training, ordered, folder, rows.held_out, packed=True
     )
-    train(trainer, folder)
+    run_training(trainer, folder)
     return dict(
         losses=[m["loss"] for m in read_lines(folder / "metrics.jsonl") if "loss" in m],
         held_out=[e["eval_loss"] for e in read_lines(folder / "evals.jsonl")],

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from benchmarks.common import add_record_options, append_record, circumstances
 from medmcqa_lora.core.environment import missing_kernels
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe, check_recipe
 from medmcqa_lora.core.text import one_line
 from medmcqa_lora.data.tokens import Encoded, sample_tokenizer
@@ -94,7 +94,7 @@ CASES = [
 def model_config(case: Case, toy: bool) -> dict:
     """The 30B model's configuration cut to a number of blocks, or the toy's."""
     if toy: config = dict(TOY, model_type="nemotron_h")
-    else: config = json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+    else: config = json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
     return config | {"hybrid_override_pattern": config["hybrid_override_pattern"][: case.layers]}
 
 

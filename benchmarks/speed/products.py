@@ -19,7 +19,7 @@ from benchmarks.common import add_record_options, append_record, circumstances
 from medmcqa_lora.bench.profile import elapsed, median_and_range, synchronise, timestamp
 from medmcqa_lora.core.environment import has_float8
 from medmcqa_lora.fast.experts import expert_product
-from medmcqa_lora.fast.float8 import product, quantise, quantise_matrix
+from medmcqa_lora.fast.float8 import frozen_matmul, quantise, quantise_matrix
 from tests.helpers import relative_distance
 
 DENSE = {  # in, out
@@ -68,7 +68,7 @@ def compare_dense(name: str, k: int, n: int, args, device: torch.device) -> list
     x = random_matrix(args.tokens, k, device=device)
     w = random_matrix(n, k, device=device) / k**0.5
     x8, w8 = quantise(x), quantise_matrix(w)
-    ways = {"bfloat16": partial(product, x, w), "8 bits": partial(product, x8, w8)}
+    ways = {"bfloat16": partial(frozen_matmul, x, w), "8 bits": partial(frozen_matmul, x8, w8)}
     return compare(name, ways, 2 * args.tokens * k * n, args.repetitions)
 
 

@@ -59,7 +59,7 @@ from medmcqa_lora.model.checkpoint import empty_model
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_config, load_tokenizer
-from medmcqa_lora.training.memory.fit import ROWS
+from medmcqa_lora.training.memory.fit import TRAINING_ROWS
 from medmcqa_lora.training.step import Recording
 from medmcqa_lora.training.trainer import make_trainer
 
@@ -271,7 +271,7 @@ def table_row(found: dict, alone: float | None) -> dict:
     rates, share = found["tokens_per_s"], found["share_of_peak"]
     speed, low, high = (rates[key] for key in ("median", "min", "max"))
     one_gpu = speed / found["gpus"]
-    minutes = ROWS["openlifescienceai/medmcqa"] * found["mean_length"] / speed / 60
+    minutes = TRAINING_ROWS["openlifescienceai/medmcqa"] * found["mean_length"] / speed / 60
     return {
         "GPUs": found["gpus"],
         "way": "" if found["gpus"] == 1 else found["way"],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINS', 'letter_logits', 'letter_probabilities', 'brier', 'nll', 'reliability', 'expected_error', 'fit_temperature',
-           'halves', 'calibration_errors', 'calibration', 'plot_reliability']
+           'split_in_halves', 'calibration_errors', 'calibration', 'plot_reliability']
 
 # %% ../../nbs/6_analysis/calibration.ipynb #dd2bf8fa
 import hashlib, math
@@ -78,7 +78,7 @@ def fit_temperature(logits: np.ndarray, # (N, 4)
     return float(math.exp(found.x))
 
 # %% ../../nbs/6_analysis/calibration.ipynb #250c68b5
-def halves(predictions: list[dict] # lines of predictions.jsonl
+def split_in_halves(predictions: list[dict] # lines of predictions.jsonl
           ) -> tuple[list[dict], list[dict]]: # to fit, to report
     "Two halves that depend on the ids alone, not on the order of the rows."
     ordered = sorted(predictions, key=lambda p: hashlib.sha256(p["id"].encode()).hexdigest())
@@ -97,7 +97,7 @@ def calibration(predictions: list[dict] # lines of predictions.jsonl
     if len(predictions) < 2:
         raise ValueError(f"{len(predictions)} predictions: a temperature needs one question to be "
                          "fitted on and another to be told on")
-    fit, report = halves(predictions)
+    fit, report = split_in_halves(predictions)
     fit_logits, fit_right = letter_logits(fit)
     logits, right = letter_logits(report)
     temperature = fit_temperature(fit_logits, fit_right)

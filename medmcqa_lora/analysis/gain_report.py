@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from ..core.files import save_figure, write_json, write_whole
+from ..core.files import save_figure, write_json, write_file
 from ..core.text import csv_text, in_markdown, label, markdown_table
 from ..evaluation.statistics import RESAMPLES, smallest_difference, wilson
 from .comparison import write_comparison
@@ -142,8 +142,8 @@ def write_gain(base_dir: Path, tuned_dir: Path, # finished evaluations of the sa
     text = "\n\n".join(parts) + "\n"
     if out is None: return text
     save_figure(plot_gain(s), out / "figures/gain.png")
-    write_whole(out / "by_subject.csv", csv_text(table))
-    write_whole(out / "comparison.md", text)
+    write_file(out / "by_subject.csv", csv_text(table))
+    write_file(out / "comparison.md", text)
     written = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     write_json(out / "comparison.json", written | _gain_record(s, table, changed))
     return text

@@ -8,7 +8,7 @@ __all__ = ['question_set', 'header_results', 'leakage_limit', 'limits', 'card_ru
 # %% ../../nbs/6_analysis/model_card.ipynb #934a3903
 import os
 from pathlib import Path
-from ..core.files import write_json, write_whole
+from ..core.files import write_json, write_file
 from ..core.untrusted import run_records
 from ..data.leakage import overlap_words
 from ..evaluation.option_order import describe_orders
@@ -16,7 +16,7 @@ from ..evaluation.records import read_evaluation
 from ..evaluation.summary import view_rows
 from ..model.adapter import adapter_digest
 from ..training.run_folder import write_card
-from .comparison import Comparison, compare_evaluations, verdict
+from .comparison import Comparison, compare_evaluations, comparison_verdict
 from .published import published, run_of
 
 # %% ../../nbs/6_analysis/model_card.ipynb #e1458b1b
@@ -130,7 +130,8 @@ def _evaluated_record(c: Comparison, base: dict, tuned: dict, # summaries
         majority_baseline=c.majority_baseline,
         base={k: base[k] for k in ("accuracy", "ci95")},
         tuned={k: tuned[k] for k in ("accuracy", "ci95")},
-        gain=gain, verdict=verdict(c), results=header_results(base, tuned), limits=limits,
+        gain=gain, verdict=comparison_verdict(c),
+        results=header_results(base, tuned), limits=limits,
     )
 
 def write_run_card(run: Path, # from `card_run`
@@ -144,6 +145,6 @@ def write_run_card(run: Path, # from `card_run`
     with run_records(run) as (recipe, env, _): known_limits = limits(recipe, env, tuned, without)
     digest = adapter_digest(run / "adapter")
     record = _evaluated_record(c, base, tuned, digest, known_limits)
-    write_whole(run / "comparison.md", text)
+    write_file(run / "comparison.md", text)
     write_json(run / "evaluated.json", record)
     return write_card(run)

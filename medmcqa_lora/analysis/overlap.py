@@ -8,11 +8,11 @@ __all__ = ['LEAKS', 'read_overlaps', 'parts_of', 'score_part', 'score_parts', 'p
 # %% ../../nbs/6_analysis/overlap.ipynb #86aeaa1a
 import json
 from pathlib import Path
-from ..core.files import write_json, write_whole
+from ..core.files import write_json, write_file
 from ..core.text import markdown_table
 from ..data.similarity import KINDS
 from ..evaluation.records import read_evaluation
-from ..evaluation.statistics import paired_interval, share
+from ..evaluation.statistics import paired_interval, accuracy_with_interval
 from .comparison import compare_evaluations
 
 # %% ../../nbs/6_analysis/overlap.ipynb #a3728154
@@ -64,8 +64,9 @@ def score_part(base: list[dict], tuned: list[dict] # predictions of the same que
     n = len(base)
     changes = [after["correct"] - before["correct"] for before, after in zip(base, tuned)]
     interval = paired_interval(changes.count(1), changes.count(-1), n)
-    return dict(n=n, base=share(base), tuned=share(tuned), difference=round(sum(changes) / n, 6),
-                difference_ci95=interval)
+    return dict(
+        n=n, base=accuracy_with_interval(base), tuned=accuracy_with_interval(tuned),
+        difference=round(sum(changes) / n, 6), difference_ci95=interval)
 
 def score_parts(base: list[dict], tuned: list[dict], # predictions of the same questions
                 kinds: dict[str, str] # from `read_overlaps`
@@ -130,6 +131,6 @@ def score_without(base_dir: Path, tuned_dir: Path, # finished evaluations of the
     text = f"{parts_table(scores)}\n\n{parts_in_words(scores, missing)}\n"
     if out is None: return text
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "overlap.md", text)
+    write_file(out / "overlap.md", text)
     write_json(out / "overlap.json", dict(parts=scores, not_scored=missing))
     return text

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
-from ..core.files import save_figure, shipped, write_json, write_whole
+from ..core.files import save_figure, shipped_file, write_json, write_file
 from ..core.text import csv_text, in_markdown, markdown_table
 from ..core.untrusted import run_records
 from ..evaluation.records import read_evaluation
@@ -23,7 +23,7 @@ from .comparison import Comparison, compare_evaluations
 # %% ../../nbs/6_analysis/published.ipynb #133b639d
 def published() -> dict: # as in assets/published.json; pairs are (base, tuned)
     "The published accuracies and the counts behind them."
-    return json.loads(shipped("assets/published.json").read_text(encoding="utf-8"))
+    return json.loads(shipped_file("assets/published.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/6_analysis/published.ipynb #e86e52a6
 def accuracy_from_counts(correct: int, n: int) -> dict: # n, accuracy, ci95
@@ -272,8 +272,8 @@ def write_report(folders: list[Path], # evaluations, or runs that hold some
     text = report_text(ours, compared, facts)
     if out is None: return text
     save_figure(plot_by_subject(published_summaries() | ours), out / "figures/by_subject.png")
-    write_whole(out / "by_subject.csv", csv_text(subject_frame(ours)))
-    write_whole(out / "report.md", text)
+    write_file(out / "by_subject.csv", csv_text(subject_frame(ours)))
+    write_file(out / "report.md", text)
     write_json(out / "report.json", dict(published=published(), ours=ours, runs=facts,
                                          comparison=compared and asdict(compared)))
     return text

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..core.text import nearest
+from ..core.text import nearest_hint
 from ..core.files import append_line
 from ..core.environment import hardware, missing_kernels, versions
 from ..fast import mamba, operations, packing
 from ..fast.operations import use_triton
-from ..fast.layers import is_fused, make_room, room_of, undo_fused
+from ..fast.layers import is_fused, pad_weight, row_padding, unfuse
 from ..fast.experts import is_grouped, undo_grouped_experts
 from ..fast.mamba import has_own_scan
 from ..fast.packing import can_use_varlen, row_multiple
@@ -78,12 +78,12 @@ def undo_blocks(model: nn.Module # changed in place
 def without_reserved_columns(model: nn.Module):
     "Weights without columns reserved for LoRA's factors."
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    reserved = {m: room_of(m) for m in linear if room_of(m)}
+    reserved = {m: row_padding(m) for m in linear if row_padding(m)}
     for m in reserved:
         m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
     try: yield
     finally:
-        for m, columns in reserved.items(): make_room(m, columns)
+        for m, columns in reserved.items(): pad_weight(m, columns)
 
 # %% ../../nbs/8_bench/ablation.ipynb #46dff8f8
 def every_position(labels: Tensor # (1, T), -100 where a token is not supervised
@@ -144,7 +144,7 @@ def no_scan(s: Prepared) -> str:
 
 def no_reserved_columns(s: Prepared) -> str:
     linear = [m for m in s.model.modules() if isinstance(m, nn.Linear)]
-    if any(map(room_of, linear)): return ""
+    if any(map(row_padding, linear)): return ""
     return "no weight has room: that takes a GPU and LoRA on in_proj"
 
 def no_varlen(s: Prepared) -> str:
@@ -184,7 +184,7 @@ LEVERS = {
     "fused": Lever(
         "norms, router, shared expert, LoRA layers as transformers and PEFT compute them; "
         "so no whole blocks either", no_fused_modules,
-        lambda model: forwards_removed(model, undo_fused)),
+        lambda model: forwards_removed(model, unfuse)),
     "experts": Lever(
         "transformers' or PEFT's own function for the routed experts; "
         "so no whole mixture blocks either", no_grouped_experts,
@@ -200,7 +200,7 @@ def check_levers(names: list[str] # as the command has them; empty: all
     "Raises `ValueError` for a lever that doesn't exist."
     for n in names:
         if n in LEVERS: continue
-        raise ValueError(f"--levers {n}: there is no such lever{nearest(n, LEVERS)} "
+        raise ValueError(f"--levers {n}: there is no such lever{nearest_hint(n, LEVERS)} "
                          f"(there are {', '.join(LEVERS)})")
     return [n for n in dict.fromkeys(names or LEVERS) if n != "nothing"]  # measured in any case
 

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from transformers import TrainerCallback
-from ..fast.float8 import weights8
+from ..fast.float8 import float8_weights
 from .variants import Workload
 
 # %% ../../nbs/8_bench/profile.ipynb #ed4afafc
@@ -244,7 +244,7 @@ def storage_bytes(tensors) -> int: # of tensors, each storage once
 def frozen_tensors(model: nn.Module) -> list[torch.Tensor]:
     "Frozen parameters, buffers, and both forms of 8-bit matrices."
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    narrow = [t for weight in weights8(model) for rows in weight[:2] for t in rows[:2]]
+    narrow = [t for weight in float8_weights(model) for rows in weight[:2] for t in rows[:2]]
     return [*frozen, *model.buffers(), *narrow]
 
 def memory_by_part(model: nn.Module, trainer, timer: StepTimer

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from medmcqa_lora.core.files import (
-    append_line, check_writable, read_lines, save_figure, write_json, write_whole,
+    append_line, check_writable, read_lines, save_figure, write_json, write_file,
 )
 from ..core.untrusted import check_name
 from ..core.recipe import Recipe
@@ -155,7 +155,7 @@ def run_bench(recipe: Recipe, names: list[str], load: Workload, # of VARIANTS
         results.append(dict(variant=name, what=VARIANTS[name].what) | common | found)
         append_line(out / "results.jsonl", results[-1])
         say(progress_text(results[-1]))
-    write_whole(out / "table.md", describe_bench(results) + "\n")
+    write_file(out / "table.md", describe_bench(results) + "\n")
     ran = [r for r in results if "training" in r]
     if not ran: raise ValueError(f"no variant ran: {reasons(results, out)}")
     save_figure(plot_kernels(ran), out / "kernels.png")
@@ -194,7 +194,7 @@ class AblationLog:
         self.results.append(result)
         append_line(self.out / "results.jsonl", result)
         self.say(lever_text(ablation_row(result, full_speed(self.results, variant))))
-        write_whole(self.out / "ablation.md", describe_ablation(self.results) + "\n")
+        write_file(self.out / "ablation.md", describe_ablation(self.results) + "\n")
         if "training" not in line: return
         own = [r for r in self.results if r["variant"] == variant]
         save_figure(plot_ablation(own), self.out / f"{variant}-ablation.png")

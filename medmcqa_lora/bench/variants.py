@@ -18,14 +18,14 @@ from itertools import cycle, islice
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.text import nearest, one_line
-from ..core.files import shipped, write_json
+from ..core.text import nearest_hint, one_line
+from ..core.files import shipped_file, write_json
 from ..core.recipe import Recipe, check_recipe
 from ..core.environment import INSTALL, missing_kernels
 from ..model.resolve import load_config, load_tokenizer
-from ..model.checkpoint import block_index, planned_model
+from ..model.checkpoint import block_index, model_structure
 from ..model.load import load_model
-from ..model.lora import group_of, list_matrices, select
+from ..model.lora import group_of, list_matrices, select_matrices
 from ..fast.packing import PADDED_ROWS
 from ..launch.process_guard import end_with_parent
 
@@ -69,7 +69,7 @@ def check_variants(names: list[str] # as the command has them; empty: all
     "Raises `ValueError` for a variant that doesn't exist."
     for n in names:
         if n in VARIANTS: continue
-        raise ValueError(f"--variants {n}: there is no such variant{nearest(n, VARIANTS)} "
+        raise ValueError(f"--variants {n}: there is no such variant{nearest_hint(n, VARIANTS)} "
                          f"(there are {', '.join(VARIANTS)})")
     return list(dict.fromkeys(names)) or list(VARIANTS)
 
@@ -170,7 +170,7 @@ def make_lengths(load: Workload, own: list[int], # tokens of the recipe's own ro
     "Lengths of examples, in the order of training."
     lengths = own
     if load.lengths == "medmcqa":
-        histogram = json.loads(shipped("assets/lengths.json").read_text())["tokens"]
+        histogram = json.loads(shipped_file("assets/lengths.json").read_text())["tokens"]
         lengths = [int(length) for length, n in histogram.items() for _ in range(n)]
     return random.Random(seed).sample(lengths, len(lengths))
 
@@ -240,8 +240,9 @@ def cut_model(recipe: Recipe, layers: int, # blocks
 def blocks_needed(recipe: Recipe
                  ) -> dict[str, int]: # LoRA target -> blocks, from the first, until one has it
     "How much of a model LoRA's targets need; raises `ValueError` for a target that it hasn't got."
-    matrices = list_matrices(planned_model(recipe.model))
-    def first_block(target): return min(block_index(m.name) for m in select(matrices, [target]))
+    matrices = list_matrices(model_structure(recipe.model))
+    def first_block(target):
+        return min(block_index(m.name) for m in select_matrices(matrices, [target]))
     return {target: first_block(target) + 1 for target in recipe.lora_targets}
 
 # %% ../../nbs/8_bench/variants.ipynb #a43330cf
@@ -260,7 +261,7 @@ def save_random(recipe: Recipe, # with random weights
                ) -> None:
     "Write the weights that the recipe's seed gives; raises `ValueError` if the disk is too small."
     width = 4 if recipe.dtype == "float32" else 2  # bytes
-    numbers = sum(p.numel() for p in planned_model(recipe.model).parameters())
+    numbers = sum(p.numel() for p in model_structure(recipe.model).parameters())
     need = width * numbers / 2**30
     free = shutil.disk_usage(folder.parent).free / 2**30
     if need > free:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'Number', 'Positive', 'NotNegative', 'Bounded', 'Text', 'SCHEDULES', 'BOOLEANS', 'PROBLEMS', 'must',
-           'ModelKeys', 'DataKeys', 'LoraKeys', 'TrainKeys', 'RunKeys', 'Recipe', 'recipe_types', 'expected',
-           'parse_value', 'schedule_conflicts', 'backend_conflicts', 'problems', 'RecipeError', 'check_recipe']
+           'ModelKeys', 'DataKeys', 'LoraKeys', 'TrainKeys', 'RunKeys', 'Recipe', 'recipe_types', 'type_in_words',
+           'parse_value', 'schedule_conflicts', 'backend_conflicts', 'recipe_problems', 'RecipeError', 'check_recipe']
 
 # %% ../../nbs/0_core/recipe.ipynb #fec10468
 import configparser, functools, typing
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Iterator, Literal, TypeVar, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
-from .text import some
+from .text import first_problems
 
 # %% ../../nbs/0_core/recipe.ipynb #2eacfffa
 MOST = 10**6  # of any number without a bound of its own; far beyond it, libraries overflow
@@ -151,11 +151,11 @@ def recipe_types() -> dict[str, type]:  # key -> its type, in the order of listi
     return {f.name: hints[f.name] for f in fields(Recipe)}
 
 # %% ../../nbs/0_core/recipe.ipynb #9850ed60
-def expected(kind: type) -> str:  # such as "a whole number or none"
+def type_in_words(kind: type) -> str:  # such as "a whole number or none"
     "What a value of this type looks like, in words."
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is Literal: return "one of " + ", ".join(choices)
-    if type(None) in choices: return f"{expected(choices[0])} or none"
+    if type(None) in choices: return f"{type_in_words(choices[0])} or none"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(kind, "names, with commas between")
 
@@ -176,7 +176,7 @@ def parse_value(text: str, # as written in an .ini file or after -p
     if kind is bool and text.lower() in BOOLEANS: return BOOLEANS[text.lower()]
     if kind in (int, float) and text.isascii() and "_" not in text:
         with suppress(ValueError): return kind(text)
-    raise ValueError(f"{text[:80]!r} is not {expected(kind)}")
+    raise ValueError(f"{text[:80]!r} is not {type_in_words(kind)}")
 
 def _split_names(text: str) -> list[str]:
     "Names between commas."
@@ -237,13 +237,13 @@ PROBLEMS = {  # pydantic's kind of error -> our words, in the order in which we 
     "rule": "{key} {remedy}",
 }  # every other kind: a value of the wrong type
 
-def problems(recipe: Recipe) -> list[str]: # one sentence per problem; empty: usable
+def recipe_problems(recipe: Recipe) -> list[str]: # one sentence per problem; empty: usable
     "Everything that is wrong with a recipe."
     errors = _pydantic_errors(recipe)
     wrong_types = [e["loc"][0] for e in errors if e["type"] not in PROBLEMS]
     if wrong_types:
         types = recipe_types()
-        return [f"{key} = {getattr(recipe, key)!r} is not {expected(types[key])}"
+        return [f"{key} = {getattr(recipe, key)!r} is not {type_in_words(types[key])}"
                 for key in dict.fromkeys(wrong_types)]
     errors.sort(key=lambda e: list(PROBLEMS).index(e["type"]))
     found = [_in_words(e, recipe) for e in errors]
@@ -275,6 +275,6 @@ class RecipeError(ValueError):
 
 def check_recipe(recipe: Recipe) -> Recipe: # the same, if it is usable
     "Return the recipe; raises `RecipeError` with every problem in it."
-    found = problems(recipe)
-    if found: raise RecipeError(f"recipe: {some(found)}")
+    found = recipe_problems(recipe)
+    if found: raise RecipeError(f"recipe: {first_problems(found)}")
     return recipe

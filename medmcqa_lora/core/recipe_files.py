@@ -9,10 +9,10 @@ __all__ = ['read_ini', 'find_section', 'read_values', 'load_recipe', 'show_recip
 import configparser, os
 from dataclasses import asdict
 from pathlib import Path
-from .text import nearest, one_line, some
-from .files import shipped
+from .text import nearest_hint, one_line, first_problems
+from .files import shipped_file
 from medmcqa_lora.core.recipe import (
-    Recipe, RecipeError, check_recipe, parse_value, problems, recipe_types,
+    Recipe, RecipeError, check_recipe, parse_value, recipe_problems, recipe_types,
 )
 
 # %% ../../nbs/0_core/recipe_files.ipynb #ade1b0f9
@@ -34,14 +34,14 @@ def find_section(name: str # what --recipe says
     remedy = "give a section of settings.ini or an .ini file"
     if not name.strip(): raise RecipeError(f"--recipe: is empty; {remedy}")
     file, _, section = name.partition(":") if ".ini" in name else ("", "", name)
-    path = Path(file) if file else shipped("settings.ini")
+    path = Path(file) if file else shipped_file("settings.ini")
     if not os.path.isfile(path): raise RecipeError(f"--recipe {name}: no such file; {remedy}")
     ini = read_ini(path)
     sections = ini.sections()
     if not section: section = sections[-1] if sections else "DEFAULT"
     if section == "DEFAULT" or section in ini: return path, section, dict(ini[section])
     there = f"(it has {', '.join(sections)})"
-    hint = nearest(section, sections)
+    hint = nearest_hint(section, sections)
     raise RecipeError(f"--recipe {name}: {path.name} has no section [{section}]{hint} {there}")
 
 # %% ../../nbs/0_core/recipe_files.ipynb #dee5b20a
@@ -53,7 +53,7 @@ def read_values(raw: dict[str, str], # key -> text
     values, bad = {}, []
     for key, text in raw.items():
         if key not in types:
-            bad.append(f"{where}: unknown key {key}{nearest(key, types)}")
+            bad.append(f"{where}: unknown key {key}{nearest_hint(key, types)}")
             continue
         try: values[key] = parse_value(text, types[key])
         except ValueError as e: bad.append(f"{where}: {key} = {e}")
@@ -68,8 +68,8 @@ def load_recipe(name: str = "demo", # a section of settings.ini, or FILE.ini, or
     from_file, bad_in_file = read_values(raw, f"{path.name} [{section}]")
     from_command, bad_in_command = read_values(overrides or {}, "-p")
     recipe = Recipe(**from_file | from_command)
-    bad = bad_in_file + bad_in_command + problems(recipe)
-    if bad: raise RecipeError(some(bad))
+    bad = bad_in_file + bad_in_command + recipe_problems(recipe)
+    if bad: raise RecipeError(first_problems(bad))
     return recipe
 
 # %% ../../nbs/0_core/recipe_files.ipynb #e34678e0

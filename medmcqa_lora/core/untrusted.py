@@ -10,7 +10,7 @@ __all__ = ['ADDRESS', 'MOST_LAYERS', 'IMPORTS', 'FLOATS', 'no_number', 'no_repea
 import json, os, re
 from contextlib import contextmanager
 from pathlib import Path
-from .text import short
+from .text import shorten
 
 # %% ../../nbs/0_core/untrusted.ipynb #de0b52e0
 def no_number(word: str): # such as "NaN"
@@ -37,7 +37,7 @@ def read_object(file: Path, # a JSON file
         value = json.loads(text, parse_constant=no_number, object_pairs_hook=no_repeats)
     except OSError as e: raise wrong(f"can't be read ({e.strerror or e})") from None
     except RecursionError: raise wrong("nested too deeply to be read") from None
-    except ValueError as e: raise wrong(f"not JSON ({short(str(e), 120)})") from None
+    except ValueError as e: raise wrong(f"not JSON ({shorten(str(e), 120)})") from None
     if not isinstance(value, dict): raise wrong("is not a JSON object")
     return value
 
@@ -79,7 +79,9 @@ def check_name(out: Path, # as the command has it
               ) -> None:
     "Raises `ValueError` for an output's name that means something else than it seems."
     trick = path_trick(out)
-    if trick: raise ValueError(f"{option} {short(str(out), 120)}: {trick}; write out a plain path")
+    if not trick: return
+    shown = shorten(str(out), 120)
+    raise ValueError(f"{option} {shown}: {trick}; write out a plain path")
 
 # %% ../../nbs/0_core/untrusted.ipynb #882ddc1e
 def file_beside(index: Path, # the file that names another
@@ -87,7 +89,7 @@ def file_beside(index: Path, # the file that names another
                ) -> Path: # the other file
     "A file in the same folder, by name; raises `ValueError` for a path."
     if _is_plain_name(name): return index.with_name(name)
-    shown = short(repr(name), 80)
+    shown = shorten(repr(name), 80)
     raise ValueError(f"{index}: names {shown}, which is not a file beside it; copy it again")
 
 def _is_plain_name(name) -> bool:
@@ -106,7 +108,7 @@ def check_model_config(folder: Path, # of a model
     model = f"model {name or folder}: config.json"
     for key, value in config.items():
         if key.endswith("_implementation") and isinstance(value, str) and "/" in value:
-            fetched = f"{key} = {short(value, 60)}"
+            fetched = f"{key} = {shorten(value, 60)}"
             raise ValueError(
                 f"{model} would fetch a kernel and run it ({fetched}); take that line out")
     for key, value in config.items():
@@ -147,7 +149,7 @@ def check_scaled(name: str, # of the model
     odd = [key for key, dtype in dtypes.items()
            if dtype not in FLOATS and key.endswith("weight") and _module(key) not in scaled]
     if not odd: return
-    what = f"{short(odd[0], 100)} is {dtypes[odd[0]]} without scales ({len(odd)} such weights)"
+    what = f"{shorten(odd[0], 100)} is {dtypes[odd[0]]} without scales ({len(odd)} such weights)"
     raise ValueError(f"model {name}: {what}; take the model in bfloat16")
 
 def _scaled_modules(tensors) -> set[str]:

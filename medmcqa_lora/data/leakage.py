@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
-from ..core.files import write_whole
+from ..core.files import write_file
 from ..core.recipe import Recipe
 from ..core.text import visible
 from ..core.untrusted import check_name
@@ -145,7 +145,7 @@ def write_overlaps(file: Path, # of JSON lines: id, kind, similarity, training {
                    found: Overlaps
                   ) -> Path: # the same
     "Write the overlapping evaluation rows, in their order."
-    return write_whole(file, "".join(_overlap_line(found.evaluation[j])
+    return write_file(file, "".join(_overlap_line(found.evaluation[j])
                                      for j in sorted(found.evaluation)))
 
 # %% ../../nbs/1_data/leakage.ipynb #d53d9c42

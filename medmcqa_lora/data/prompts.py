@@ -9,9 +9,9 @@ __all__ = ['ASK', 'effective_target', 'question_text', 'render_target', 'chat_pr
 import random
 from dataclasses import replace
 from ..core.recipe import Recipe
-from ..core.text import short
+from ..core.text import shorten
 from .leakage import load_pair
-from .questions import Question, identity
+from .questions import Question, question_hash
 from .schemas import LETTERS
 
 # %% ../../nbs/1_data/prompts.ipynb #f440a133
@@ -60,7 +60,7 @@ def chat_prompt(turns: list[str], # of user and assistant, in turn, the user's l
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as e:  # a template is a program in Jinja's sandbox, and raises what it likes
-        reason = short(" ".join(str(e).split()), 120)
+        reason = shorten(" ".join(str(e).split()), 120)
         raise ValueError("prompt_style = chat: the tokenizer's chat template fails "
                          f"({type(e).__name__}: {reason}); mend it, or use plain") from None
 
@@ -91,8 +91,8 @@ def with_examples(questions: list[Question], # about to be asked
                  ) -> list[Question]: # the same, with worked examples
     "Questions with the recipe's worked examples before them; raises `ValueError` for too few."
     if not recipe.shots: return questions
-    asked = {identity(q) for q in questions}
-    pool = [q for q in load_pair(recipe)[0].questions if identity(q) not in asked]
+    asked = {question_hash(q) for q in questions}
+    pool = [q for q in load_pair(recipe)[0].questions if question_hash(q) not in asked]
     if len(pool) < recipe.shots:
         raise ValueError(f"shots = {recipe.shots}: {recipe.data} has {len(pool)} training rows "
                          "that are not asked; take fewer, or other training rows")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from ..core.files import write_whole
+from ..core.files import write_file
 from ..core.recipe import Recipe
 from .prompts import effective_target, question_text, render_prompt, render_target
 from .questions import Question, load_questions
@@ -207,7 +207,7 @@ def _write_cache(path: Path, stream: memoryview) -> str: # a note for the log
     cache = path.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        note = f"encoded rows kept in {write_whole(path, stream)}"
+        note = f"encoded rows kept in {write_file(path, stream)}"
         forget_oldest(cache)
     except OSError as e:
         return f"encoded rows are not kept: {cache} can't be written ({e.strerror or e})"

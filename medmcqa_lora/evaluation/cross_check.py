@@ -17,11 +17,11 @@ from statistics import mean, median, stdev
 import torch
 from torch import nn
 from ..core.text import markdown_table
-from ..core.files import append_lines, trim_lines, write_json, write_whole
+from ..core.files import append_lines, trim_lines, write_json, write_file
 from ..core.recipe import Recipe
 from ..data.sources import read_source
-from ..data.schemas import FIELDS, LETTERS, flatten
-from ..data.questions import Question, describe, fingerprint, load_evaluation
+from ..data.schemas import FIELDS, LETTERS, flatten_record
+from ..data.questions import Question, describe_problems, fingerprint, load_evaluation
 from ..data.prompts import render_prompt
 from ..model.resolve import load_tokenizer
 from ..model.load import load_model
@@ -30,7 +30,7 @@ from ..fast.apply import apply_fast_parts
 from medmcqa_lora.evaluation.records import (
     EvaluationOutput, begin_evaluation, best_letter, collect, record_packing,
 )
-from .letters import choose_scoring, encode_prompts, score_questions
+from .letters import choose_prompt_packing, encode_prompts, score_questions
 
 # %% ../../nbs/5_evaluation/cross_check.ipynb #90a557ec
 def find_harness() -> str: # its version
@@ -55,7 +55,7 @@ def task_rows(
     records = dict(read_source(source, split))
     rows = []
     for q in questions:
-        flat = flatten(records[q.where], q.where)
+        flat = flatten_record(records[q.where], q.where)
         rows.append({field: _hub_text(flat[field]) for field in FIELDS} | dict(cop=q.answer))
     return rows
 
@@ -68,11 +68,11 @@ def local_task(
     import lm_eval.tasks
     own_task = Path(lm_eval.tasks.__file__).parent / "medmcqa/medmcqa.yaml"
     data, config = folder / "rows.jsonl", folder / "medmcqa.yaml"
-    write_whole(data, "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(data, "".join(json.dumps(row) + "\n" for row in rows))
     files = dict.fromkeys(("train", "validation"), str(data))
     dataset = dict(data_files=files, cache_dir=str(folder / "cache"))
     task = dict(include=str(own_task), dataset_path="json", dataset_kwargs=dataset)
-    write_whole(config, json.dumps(task))  # JSON is YAML
+    write_file(config, json.dumps(task))  # JSON is YAML
     return lm_eval.tasks.TaskManager(include_defaults=False).load(str(config))
 
 # %% ../../nbs/5_evaluation/cross_check.ipynb #cc5eac12
@@ -308,8 +308,8 @@ def _versions(harness: str) -> dict[str, str]:
     return {"lm_eval": harness} | {name: importlib.metadata.version(name) for name in packages}
 
 def _write_check(out: Path, found: list[dict], summary: dict) -> None:
-    write_whole(out / "questions.jsonl", "".join(json.dumps(f) + "\n" for f in found))
-    write_whole(out / "cross_check.md", describe_check(summary))
+    write_file(out / "questions.jsonl", "".join(json.dumps(f) + "\n" for f in found))
+    write_file(out / "cross_check.md", describe_check(summary))
     write_json(out / "cross_check.json", summary)
 
 # %% ../../nbs/5_evaluation/cross_check.ipynb #689d2398
@@ -328,11 +328,12 @@ def run_cross_check(
     questions, source = loaded.questions, loaded.source
     rows = task_rows(source, recipe.eval_split, questions)
     if len(questions) < 2: raise ValueError(f"{source}: cross-check needs at least two questions")
-    say(f"{len(questions):,} of {loaded.read:,} rows of {source}; {describe(loaded.problems)}")
+    problems = describe_problems(loaded.problems)
+    say(f"{len(questions):,} of {loaded.read:,} rows of {source}; {problems}")
     name = str(adapter) if adapter else None
     begin_evaluation(out, recipe, name, questions, resume)
     model, tokenizer = _load_scored_model(recipe, adapter), load_tokenizer(recipe)
-    packed, _ = choose_scoring(model, tokenizer, questions, recipe)
+    packed, _ = choose_prompt_packing(model, tokenizer, questions, recipe)
     record_packing(out, packed)
     score_questions(model, tokenizer, questions, recipe, EvaluationOutput(out), packed)
     predictions = collect(out, questions)

@@ -14,7 +14,7 @@ from ..core.recipe import Recipe
 from ..data.schemas import LETTERS
 from ..data.questions import Question
 from ..data.prompts import render_prompt
-from .statistics import share
+from .statistics import accuracy_with_interval
 from .records import EvaluationOutput, length_batches, run_batches
 from .letters import pad_right
 
@@ -135,4 +135,4 @@ def summarise_generations(
 ) -> dict: # n, accuracy, ci95, unparseable (share)
     "Accuracy of the written answers; an unparseable one is wrong."
     unparseable = sum(r["prediction"] is None for r in records)
-    return share(records) | dict(unparseable=round(unparseable / len(records), 6))
+    return accuracy_with_interval(records) | dict(unparseable=round(unparseable / len(records), 6))

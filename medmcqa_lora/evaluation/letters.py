@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PADDED_MULTIPLE', 'letter_tokens', 'encode_prompts', 'pad_right', 'last_positions', 'prompt_batch', 'to_device',
-           'to_host', 'letters_ahead', 'letter_logprobs', 'choose_scoring', 'scoring_batches', 'score_questions']
+           'to_host', 'begin_letter_logprobs', 'letter_logprobs', 'choose_prompt_packing', 'scoring_batches',
+           'score_questions']
 
 # %% ../../nbs/5_evaluation/letters.ipynb #087bdd6c
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ..data.questions import Question
 from ..data.prompts import render_prompt, render_target
 from ..fast.packing import choose_packing, fill_row, packing_collator, row_multiple
 from medmcqa_lora.evaluation.records import (
-    EvaluationOutput, even_batches, length_batches, prediction, run_batches,
+    EvaluationOutput, even_batches, length_batches, prediction_record, run_batches,
 )
 
 # %% ../../nbs/5_evaluation/letters.ipynb #81014463
@@ -131,12 +132,12 @@ def to_host(
 
 # %% ../../nbs/5_evaluation/letters.ipynb #29c8a85f
 @torch.inference_mode()
-def letters_ahead(
+def begin_letter_logprobs(
     model: nn.Module, # in eval mode
     rows: list[list[int]], # B × (T,) ids of prompts
     letters: tuple[int, ...], # ids of A, B, C, D
     pad: int, # id of the padding token
-    packed: bool = False # from `choose_scoring`: in one row
+    packed: bool = False # from `choose_prompt_packing`: in one row
 ) -> Callable[[], torch.Tensor]: # gives (B, 4) float32 natural logarithms
     "Begin one pass for the log-probabilities of the letters after each prompt."
     device = next(model.parameters()).device
@@ -152,13 +153,13 @@ def letter_logprobs(
     rows: list[list[int]], # B × (T,) ids of prompts
     letters: tuple[int, ...], # ids of A, B, C, D
     pad: int, # id of the padding token
-    packed: bool = False # from `choose_scoring`: in one row
+    packed: bool = False # from `choose_prompt_packing`: in one row
 ) -> torch.Tensor: # (B, 4) float32 natural logarithms
     "Log-probabilities of the letters after each prompt."
-    return letters_ahead(model, rows, letters, pad, packed)()
+    return begin_letter_logprobs(model, rows, letters, pad, packed)()
 
 # %% ../../nbs/5_evaluation/letters.ipynb #1f90ee11
-def choose_scoring(
+def choose_prompt_packing(
     model: nn.Module, # with or without LoRA
     tokenizer,
     questions: list[Question],
@@ -185,14 +186,14 @@ def score_questions(
     questions: list[Question],
     recipe: Recipe,
     output: EvaluationOutput,
-    packed: bool = False # from `choose_scoring`
+    packed: bool = False # from `choose_prompt_packing`
 ) -> None:
     "Score questions by their letters and append to this process' predictions file."
     rows, letters = encode_prompts(questions, tokenizer, recipe)
     batches = scoring_batches(rows, recipe.per_device_eval_batch_size, packed)
     pad = tokenizer.pad_token_id
     def begin(batch):
-        logprobs = letters_ahead(model, [rows[i] for i in batch], letters, pad, packed)
-        return lambda: [prediction(questions[i], scores)
+        logprobs = begin_letter_logprobs(model, [rows[i] for i in batch], letters, pad, packed)
+        return lambda: [prediction_record(questions[i], scores)
                         for i, scores in zip(batch, logprobs().tolist())]
     run_batches(questions, rows, batches, output, "predictions", begin)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASK_TEXT', 'SHARED_PROMPT_TOLERANCE', 'OPTIONS_BATCH', 'options_prompt', 'encode_options', 'distinct_rows',
            'token_logprobs', 'repeated_prompt_pass', 'score_repeated_prompts', 'select_cache_rows', 'continuation_pass',
-           'score_shared_prompts', 'option_logprobs', 'sharing_error', 'choose_sharing', 'option_record',
+           'score_shared_prompts', 'option_logprobs', 'shared_prompt_error', 'choose_shared_prompt', 'option_record',
            'score_options', 'summarise_options']
 
 # %% ../../nbs/5_evaluation/options.ipynb #c989e20b
@@ -18,7 +18,7 @@ from ..core.recipe import Recipe
 from ..data.schemas import LETTERS
 from ..data.questions import Question
 from ..data.prompts import chat_prompt
-from .statistics import share
+from .statistics import accuracy_with_interval
 from medmcqa_lora.evaluation.records import (
     EvaluationOutput, best_letter, even_batches, length_batches, run_batches,
 )
@@ -99,7 +99,7 @@ def repeated_prompt_pass(
     rows: list[list[int]], # R × (T,) ids
     counts: list[int], # tokens at each row's end that are scored
     pad: int, # id of the padding token
-    packed: bool = False # from `choose_scoring`: in one row
+    packed: bool = False # from `choose_prompt_packing`: in one row
 ) -> Callable[[], list[float]]: # gives R sums, natural logarithms
     "Begin one pass for the log-likelihood of the last tokens of each row."
     device = next(model.parameters()).device
@@ -214,8 +214,8 @@ def option_logprobs(
     prompts: list[list[int]], # B × (T,) ids
     ends: list[list[list[int]]], # B × 4 × (t,) ids
     pad: int, # id of the padding token
-    shared: bool = False, # from `choose_sharing`: one prompt pass for four options
-    packed: bool = False # from `choose_scoring`; only where the prompt pass is not shared
+    shared: bool = False, # from `choose_shared_prompt`: one prompt pass for four options
+    packed: bool = False # from `choose_prompt_packing`; only where the prompt pass is not shared
 ) -> Callable[[], list[list[float]]]: # gives B × 4 sums, natural logarithms
     "Begin to compute the log-likelihood of each option's text after its prompt."
     rows, which = distinct_rows(ends)
@@ -229,7 +229,7 @@ def option_logprobs(
 # %% ../../nbs/5_evaluation/options.ipynb #40cdd734
 SHARED_PROMPT_TOLERANCE = {False: 1e-4, True: 0.25}  # nats per token; True: in 16-bit numbers
 
-def sharing_error(
+def shared_prompt_error(
     model: nn.Module, # in eval mode
     prompts: list[list[int]], # B × (T,) ids
     ends: list[list[list[int]]], # B × 4 × (t,) ids
@@ -243,12 +243,12 @@ def sharing_error(
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 # %% ../../nbs/5_evaluation/options.ipynb #fe7d6e76
-def choose_sharing(
+def choose_shared_prompt(
     model: nn.Module, # with or without LoRA
     tokenizer,
     questions: list[Question], # whose first four are scored in both ways
     recipe: Recipe,
-    packed: bool = False # from `choose_scoring`
+    packed: bool = False # from `choose_prompt_packing`
 ) -> tuple[bool, str]: # whether four options share their prompt's pass, and why
     "Whether continuing from the prompt's cache gives this model's own numbers."
     if recipe.backend == "unsloth":
@@ -256,7 +256,7 @@ def choose_sharing(
     if packed and model.config.model_type == "nemotron_h":
         return False, "packed rows of short examples are faster: their kernels keep no states"
     prompts, ends = encode_options(questions[:4], tokenizer, recipe)
-    error = sharing_error(model, prompts, ends, tokenizer.pad_token_id)
+    error = shared_prompt_error(model, prompts, ends, tokenizer.pad_token_id)
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     why = f"the cache's numbers are {error:.0e} nats a token from those without it"
     return error <= SHARED_PROMPT_TOLERANCE[half], why
@@ -291,8 +291,8 @@ def score_options(
     questions: list[Question],
     recipe: Recipe,
     output: EvaluationOutput,
-    shared: bool = False, # from `choose_sharing`
-    packed: bool = False # from `choose_scoring`
+    shared: bool = False, # from `choose_shared_prompt`
+    packed: bool = False # from `choose_prompt_packing`
 ) -> None:
     "Score questions by their options' texts and append to this process' options file."
     prompts, ends = encode_options(questions, tokenizer, recipe)
@@ -312,8 +312,8 @@ def summarise_options(
     records: list[dict] # lines of options.jsonl
 ) -> dict: # n, accuracy, ci95; accuracy_sum, ci95_sum; ties
     "Accuracy of the likeliest option's text, per byte and summed."
-    summed = share([{"correct": r["correct_sum"]} for r in records])
+    summed = accuracy_with_interval([{"correct": r["correct_sum"]} for r in records])
     scores = [sorted(r["logprobs"][c] / r["bytes"][c] for c in LETTERS) for r in records]
     ties = sum(four[-1] == four[-2] for four in scores)
-    return share(records) | dict(
+    return accuracy_with_interval(records) | dict(
         accuracy_sum=summed["accuracy"], ci95_sum=summed["ci95"], ties=ties)

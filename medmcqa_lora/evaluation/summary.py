@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..core.text import csv_text, label as shown_label, markdown_table
-from ..core.files import save_figure, write_json, write_whole
+from ..core.files import save_figure, write_json, write_file
 from ..data.schemas import LETTERS
 from ..data.questions import Question, fingerprint
 from ..data.explore import MOST_DRAWN
 from ..model.adapter import adapter_digest
-from .statistics import majority_baseline, share
+from .statistics import majority_baseline, accuracy_with_interval
 
 # %% ../../nbs/5_evaluation/summary.ipynb #d4f7fd5c
 def summarise(
@@ -31,11 +31,11 @@ def summarise(
     by_subject = {}
     for subject in sorted({p["subject"] for p in predictions}):
         own = [p for p in predictions if p["subject"] == subject]
-        by_subject[subject] = share(own)
+        by_subject[subject] = accuracy_with_interval(own)
     masses = [sum(map(math.exp, p["logprobs"].values())) for p in predictions]
     two_best = [sorted(p["logprobs"].values())[-2:] for p in predictions]
     return dict(
-        **share(predictions),
+        **accuracy_with_interval(predictions),
         majority_baseline=majority_baseline(predictions),
         letter_mass=round(float(np.mean(masses)), 6),
         ties=sum(second == best for second, best in two_best),
@@ -182,11 +182,11 @@ def write_evaluation(
     digest = adapter_digest(Path(adapter)) if adapter else None
     if digest: summary["adapter_sha256"] = digest
     summary |= (views or {}) | (further or {})
-    write_whole(folder / "by_subject.csv", csv_text(subject_table(summary)))
+    write_file(folder / "by_subject.csv", csv_text(subject_table(summary)))
     label = Path(adapter).parent.name if adapter else Path(model).name
     save_figure(plot_by_subject({label: summary}), folder / "by_subject.png")
     if views:
-        write_whole(folder / "views.md", views_table(summary) + "\n")
+        write_file(folder / "views.md", views_table(summary) + "\n")
         save_figure(plot_views({label: summary}), folder / "views.png")
     write_json(folder / "summary.json", summary)
     return summary

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from ..core.text import one_line
 from ..core.files import checksum, write_json
-from ..core.folders import whole_folder
+from ..core.folders import atomic_folder
 from ..core.untrusted import check_adapter_config
-from .checkpoint import DTYPES, planned_model
+from .checkpoint import DTYPES, model_structure
 
 # %% ../../nbs/2_model/adapter.ipynb #2fe00ed2
 def sort_targets(file: Path # adapter_config.json
@@ -32,7 +32,7 @@ def save_adapter(model: nn.Module, # a PEFT model
                  tensors: dict[str, Tensor] | None = None # by parameter's name; None: its own
                 ) -> Path: # the same folder
     "Write a complete adapter in PEFT's format, or nothing; raises `DiskError`."
-    with whole_folder(folder) as work:
+    with atomic_folder(folder) as work:
         model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False,
                               state_dict=tensors)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card
@@ -64,12 +64,13 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]: # tensor's name 
 
 # %% ../../nbs/2_model/adapter.ipynb #0ef0eae5
 def adapter_structure(folder: Path, # an adapter/ folder
-                      model_name: str # the base model, as a recipe names it
+                      model_name: str, # the base model, as a recipe names it
+                      base: nn.Module | None = None # its structure, if known; gets LoRA
                      ) -> nn.Module: # a PEFT model on the meta device
     "The adapted model's structure; raises `ValueError` if the configuration doesn't fit the base."
     from peft import PeftConfig, get_peft_model
     check_adapter_config(folder)
-    base = planned_model(model_name)
+    if base is None: base = model_structure(model_name)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         made_for = config.base_model_name_or_path
@@ -86,12 +87,13 @@ def adapter_structure(folder: Path, # an adapter/ folder
 
 # %% ../../nbs/2_model/adapter.ipynb #5cbf90a2
 def check_adapter(folder: Path, # an adapter/ folder
-                  model_name: str # the base model, as a recipe names it
+                  model_name: str, # the base model, as a recipe names it
+                  base: nn.Module | None = None # its structure, if known; gets LoRA
                  ) -> nn.Module: # the adapted model's structure, on the meta device
     "Raises `ValueError`, naming three tensors, if the adapter's tensors don't fit the base model."
     from peft import get_peft_model_state_dict
     found = adapter_shapes(folder)
-    tuned = adapter_structure(folder, model_name)
+    tuned = adapter_structure(folder, model_name, base)
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [f"{name} {shape}" for name, shape in found.items() if expected.get(name) != shape]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DTYPES', 'block_index', 'shard_files', 'weight_files', 'stored_tensors', 'checkpoint_shapes', 'read_header',
-           'list_differences', 'refuse_differences', 'check_checkpoint', 'planned_model']
+           'list_differences', 'refuse_differences', 'check_checkpoint', 'model_structure']
 
 # %% ../../nbs/2_model/checkpoint.ipynb #fe49568b
 import json, re
@@ -16,7 +16,7 @@ from medmcqa_lora.core.untrusted import (
     check_model_config, check_scaled, file_beside, read_object,
 )
 from medmcqa_lora.model.resolve import (
-    build_structure, empty_model, is_nano, load_config, no_progress_bars, resolve_model,
+    build_structure, empty_model, is_nano_30b, load_config, no_progress_bars, resolve_model,
 )
 
 # %% ../../nbs/2_model/checkpoint.ipynb #e2ff73b4
@@ -177,8 +177,8 @@ def check_checkpoint(folder: Path, # of a model
     refuse_differences(label, list_differences(_compare_with_model(model, found, label)))
 
 # %% ../../nbs/2_model/checkpoint.ipynb #aba3c1f0
-def planned_model(name: str # a recipe's model
+def model_structure(name: str # a recipe's model
                  ) -> nn.Module: # on the meta device
     "The structure of a recipe's model; for the 30B model, from the shipped configuration."
-    if is_nano(name): return build_structure(load_config(name))
+    if is_nano_30b(name): return build_structure(load_config(name))
     return empty_model(resolve_model(name, weights=False))

@@ -10,9 +10,9 @@ import copy, shutil
 from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.text import nearest
-from ..core.files import write_whole
-from ..core.folders import check_room, whole_folder
+from ..core.text import nearest_hint
+from ..core.files import write_file
+from ..core.folders import check_room, atomic_folder
 from medmcqa_lora.model.adapter import (
     Delta, adapter_shapes, check_adapter, check_finite, check_plain_lora, read_deltas,
     read_factors,
@@ -122,7 +122,7 @@ def export_adapter(adapter: Path, # an adapter/ folder
     from safetensors.torch import save_file
     if format not in FORMATS:
         raise ValueError(
-            f"--format {format}: is not known{nearest(format, FORMATS)} "
+            f"--format {format}: is not known{nearest_hint(format, FORMATS)} "
             f"(there are {', '.join(FORMATS)})")
     check_new_folder(out)
     name, deltas, tuned = _read_for_export(adapter, base)
@@ -134,11 +134,11 @@ def export_adapter(adapter: Path, # an adapter/ folder
         check_vllm(adapter, deltas, tuned.get_base_model().config.model_type)
         config = vllm_config(config, deltas)
     config.base_model_name_or_path = name
-    with whole_folder(out) as work:
+    with atomic_folder(out) as work:
         exported = work / weights.name
         if format == "peft": shutil.copyfile(weights, exported)
         else: save_file(vllm_tensors(adapter, deltas), exported, {"format": "pt"})
         exported.chmod(0o644)  # safetensors' own are private, and servers run as another user
         config.save_pretrained(str(work))
-        write_whole(work / "README.md", export_card(format, name, rank))
+        write_file(work / "README.md", export_card(format, name, rank))
     return dict(base=name, tensors=len(adapter_shapes(out)), rank=rank)

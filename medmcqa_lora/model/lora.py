@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK_KINDS', 'GROUPS', 'REFUSED_TARGETS', 'KIND_COLOURS', 'block_kind', 'group_of', 'Matrix', 'list_matrices',
-           'matrix_table', 'select', 'count_trainable', 'module_targets', 'lora_config', 'attach_lora', 'lora_report',
-           'block_table', 'plot_blocks']
+           'matrix_table', 'select_matrices', 'count_trainable', 'module_targets', 'lora_config', 'attach_lora',
+           'lora_report', 'block_table', 'plot_blocks']
 
 # %% ../../nbs/2_model/lora.ipynb #70ee4609
 import math, re
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt, pandas as pd, torch
 from matplotlib.figure import Figure
 from torch import nn
-from ..core.text import nearest
+from ..core.text import nearest_hint
 from ..core.recipe import Recipe
 from ..core.environment import own_generator
 from .checkpoint import block_index
@@ -114,7 +114,7 @@ REFUSED_TARGETS = {
 }
 
 # %% ../../nbs/2_model/lora.ipynb #6012a46d
-def select(matrices: list[Matrix],
+def select_matrices(matrices: list[Matrix],
            targets: list[str] # groups or names
           ) -> list[Matrix]: # in the model's order
     "The matrices that targets mean; raises `ValueError` for one refused or matching nothing."
@@ -126,14 +126,14 @@ def select(matrices: list[Matrix],
             raise ValueError(f"lora_targets: {t} is refused: {REFUSED_TARGETS[t]}; take it out")
         if t not in known:
             raise ValueError(
-                f"lora_targets: {t} matches nothing in this model{nearest(t, usable)} "
+                f"lora_targets: {t} matches nothing in this model{nearest_hint(t, usable)} "
                 f"(it has {', '.join(usable)})")
     return [m for m in matrices if m.target in targets or m.group in targets]
 
 def count_trainable(model: nn.Module, # without LoRA, on any device
                     recipe: Recipe) -> int: # parameters
-    "How many parameters a recipe's LoRA would train; raises as `select` does."
-    chosen = select(list_matrices(model), recipe.lora_targets)
+    "How many parameters a recipe's LoRA would train; raises as `select_matrices` does."
+    chosen = select_matrices(list_matrices(model), recipe.lora_targets)
     return sum(m.trainable(recipe) for m in chosen)
 
 # %% ../../nbs/2_model/lora.ipynb #3d2be15c
@@ -154,7 +154,7 @@ def lora_config(model: nn.Module, # without LoRA; may be on the meta device
     "PEFT's configuration for a recipe; raises `ValueError` for targets that can't be had."
     from peft import LoraConfig
     matrices = list_matrices(model)
-    chosen = select(matrices, recipe.lora_targets)
+    chosen = select_matrices(matrices, recipe.lora_targets)
     fused = [m for m in chosen if m.fused]
     if fused and recipe.lora_dropout:
         raise ValueError(
@@ -230,7 +230,7 @@ def block_table(model: nn.Module, # without LoRA; may be on the meta device
         if block is None: continue
         parameters[block] += p.numel()
         kinds[block].add(block_kind(name, model.config))
-    for m in select(list_matrices(model), recipe.lora_targets):
+    for m in select_matrices(list_matrices(model), recipe.lora_targets):
         trainable[block_index(m.name)] += m.trainable(recipe)
     rows = []
     for block, n in sorted(parameters.items()):

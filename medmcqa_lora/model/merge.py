@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.std import tqdm
 from ..core.text import bar_columns, one_line
-from ..core.files import check_writable, write_whole
-from ..core.folders import check_room, whole_folder
+from ..core.files import check_writable, write_file
+from ..core.folders import check_room, atomic_folder
 from ..core.untrusted import check_name, read_object
 from .resolve import resolve_model
 from .checkpoint import DTYPES, check_checkpoint, read_header, weight_files
@@ -289,12 +289,12 @@ def merge_adapter(adapter: Path, # an adapter/ folder
     size = sum(p.stat().st_size for p in [*files, *others])
     check_room(out, size)
     progress = dict(desc="merge", unit="file", disable=len(files) < 2, ncols=bar_columns())
-    with whole_folder(out) as work, safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+    with atomic_folder(out) as work, safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         for source in tqdm(files, **progress):
             of_file = [t for t in changed if t.file == source]
             merge_file(source, work / source.name, of_file, plan.deltas, file)
         card = merge_card(plan.base, adapter, len(changed), len(plan.stored))
-        write_whole(work / "README.md", card)
+        write_file(work / "README.md", card)
         for p in others: shutil.copyfile(p, work / p.name)
     return dict(base=plan.base, changed=len(changed), tensors=len(plan.stored), files=len(files),
                 bytes=size)

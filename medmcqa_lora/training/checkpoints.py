@@ -8,7 +8,7 @@ __all__ = ['MANIFEST', 'file_checksums', 'write_manifest', 'read_manifest', 'fin
            'own_tokens', 'loop_state', 'is_finished', 'joint_loop_state', 'RestoreLoop', 'random_states', 'write_parts',
            'write_state', 'working_folder', 'finish_checkpoint', 'rotate_checkpoints', 'write_checkpoint',
            'report_unsaved', 'save_checkpoint', 'find_start', 'broadcast_checkpoint', 'open_checkpoint', 'check_best',
-           'use_checkpointer', 'run_bytes', 'check_run_space', 'check_launch_room']
+           'use_checkpointer', 'run_bytes', 'check_run_space', 'check_launch_space']
 
 # %% ../../nbs/4_training/checkpoints.ipynb #bf263057
 import hashlib, io, json, math, random, re, shutil, sys
@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
-from ..core.files import DiskError, checksum, naming, sync, write_json, write_whole
-from ..core.folders import check_room, settle, tidy, whole_folder
+from medmcqa_lora.core.files import (
+    DiskError, checksum, explain_disk_errors, sync_to_disk, write_file, write_json,
+)
+from ..core.folders import check_room, publish_folder, delete_leftovers, atomic_folder
 from ..core.recipe import Recipe
-from ..model.resolve import is_nano, resolve_model
-from ..model.checkpoint import planned_model
 from ..model.lora import count_trainable
 from .sharding import is_sharded
 
@@ -251,7 +252,7 @@ def write_state(
     trainer.state.save_to_json(str(work / "trainer_state.json"))
     for rank, state in enumerate(states):
         name = f"rng_state_{rank}.pth" if len(states) > 1 else "rng_state.pth"
-        write_whole(work / name, state["random"])
+        write_file(work / name, state["random"])
     loops = [state["loop"] for state in states]
     write_json(work / "loop.json", joint_loop_state(trainer, loops, best))
 
@@ -273,8 +274,8 @@ def finish_checkpoint(
     checkpointer.writer.flush()
     for log in ("metrics.jsonl", "evals.jsonl"):
         file = checkpointer.run / log
-        if file.exists(): sync(file)
-    settle(work, final)
+        if file.exists(): sync_to_disk(file)
+    publish_folder(work, final)
 
 # %% ../../nbs/4_training/checkpoints.ipynb #f2a39b72
 def rotate_checkpoints(
@@ -302,7 +303,7 @@ def write_checkpoint(
     is_first = trainer.is_world_process_zero()
     work = working_folder(final)
     try:
-        with naming(final):
+        with explain_disk_errors(final):
             if is_first:
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True, exist_ok=True)
@@ -357,7 +358,7 @@ def find_start(
 ) -> Path | None: # none: from the first step
     "The checkpoint to resume from, on rank 0; raises `ValueError` if there is none that fits."
     run, about = checkpointer.run, checkpointer.about
-    tidy(run)
+    delete_leftovers(run)
     existing = list_checkpoints(run)
     if existing and not resume:
         raise ValueError(f"{run}: holds {existing[0].name} of a run; "
@@ -385,7 +386,7 @@ def broadcast_checkpoint(
         files = {p.relative_to(own).as_posix(): p.read_bytes() for p in paths}
     files, = broadcast_object_list([files])
     if not own.is_dir() and trainer.args.local_process_index == 0:
-        with whole_folder(own) as work:
+        with atomic_folder(own) as work:
             for path, data in files.items():
                 (work / path).parent.mkdir(parents=True, exist_ok=True)
                 (work / path).write_bytes(data)
@@ -456,14 +457,12 @@ def check_run_space(
     check_room(run, run_bytes(trainable, vocabulary, recipe) - written)
 
 # %% ../../nbs/4_training/checkpoints.ipynb #e1f2c540
-def check_launch_room(
+def check_launch_space(
     run: Path, # the run's folder, which need not exist
-    recipe: Recipe
+    recipe: Recipe,
+    model: nn.Module | None # its structure on the meta device; None: only the hub knows it
 ) -> None:
-    "Raises `ValueError` if a run would not fit its disk; passes models that only the hub knows."
-    if not is_nano(recipe.model):
-        path = resolve_model(recipe.model, recipe.weights == "pretrained")
-        if not Path(path).is_dir(): return
-    model = planned_model(recipe.model)
+    "Raises `ValueError` if a run would not fit its disk."
+    if model is None: return
     vocabulary = model.config.get_text_config().vocab_size
     check_run_space(run, count_trainable(model, recipe), vocabulary, recipe)

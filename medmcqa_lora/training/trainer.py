@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME_NAME', 'same_name_arguments', 'data_arguments', 'device_arguments', 'logging_arguments', 'stopping_arguments',
            'fit_to_machine', 'training_arguments', 'can_record', 'use_packed_loader', 'pack_training',
-           'add_checkpointer', 'make_trainer', 'restore_finished', 'training_seconds', 'summarize_run', 'train']
+           'add_checkpointer', 'make_trainer', 'restore_finished', 'training_seconds', 'summarize_run', 'run_training']
 
 # %% ../../nbs/4_training/trainer.ipynb #1f66c13a
 import json
@@ -32,7 +32,7 @@ from medmcqa_lora.training.checkpoints import (
 from .bad_steps import BadStepCallback
 from .stopping import stop_on_interrupt
 from medmcqa_lora.training.metrics import (
-    MetricsWriter, Progress, lines_with_loss, tensorboard_writer,
+    MetricsWriter, ProgressCallback, lines_with_loss, tensorboard_writer,
 )
 
 # %% ../../nbs/4_training/trainer.ipynb #fdaf7788
@@ -181,7 +181,7 @@ def make_trainer(
     from trl import SFTTrainer
     bad_steps = BadStepCallback(recipe, encoded, run)
     writer = MetricsWriter(run, recipe.save_errors)
-    callbacks = [bad_steps, writer, Progress()]
+    callbacks = [bad_steps, writer, ProgressCallback()]
     patience = recipe.early_stopping_patience
     if patience: callbacks.append(EarlyStoppingCallback(patience))
     trainer = SFTTrainer(
@@ -231,7 +231,7 @@ def training_seconds(
 def summarize_run(
     trainer,
     run: Path # the run's folder
-) -> dict: # as `train` returns it
+) -> dict: # as `run_training` returns it
     "What the model card reports; raises `ValueError` on rank 0 for a run without a logged loss."
     lines = lines_with_loss(read_lines(run / "metrics.jsonl"))
     if not lines and trainer.is_world_process_zero():
@@ -247,7 +247,7 @@ def summarize_run(
         peak_memory_gib=round(peak, 2))
 
 # %% ../../nbs/4_training/trainer.ipynb #230354aa
-def train(
+def run_training(
     trainer, # from `make_trainer`
     run: Path, # its folder
     resume: bool = False # from the last checkpoint, if there is one

@@ -7,7 +7,7 @@ from test_gain import QUESTIONS, evaluation, without_padding
 
 from medmcqa_lora.analysis.calibration import calibration, letter_logits, nll
 from medmcqa_lora.analysis.comparison import (
-    Comparison, compare_evaluations, comparison_table, verdict, write_comparison,
+    Comparison, compare_evaluations, comparison_table, comparison_verdict, write_comparison,
 )
 from medmcqa_lora.analysis.overlap import read_overlaps, score_parts
 from medmcqa_lora.analysis.published import (
@@ -31,19 +31,19 @@ def made(gained, lost, n=100, base=0.4, mass=(0.9, 0.9)) -> Comparison:
     (made(5, 0), "No difference that 100 questions could show: +5.0 points (95% interval -"),
 ])
 def test_better_or_worse(comparison, start):
-    assert verdict(comparison).startswith(start)
+    assert comparison_verdict(comparison).startswith(start)
 
 
 @pytest.mark.parametrize("comparison, place", [
     (made(1, 20), "below that"), (made(40, 2), "above that"), (made(3, 2), "not distinguishable"),
 ])
 def test_beside_the_best_constant_answer(comparison, place):
-    assert place in verdict(comparison)
+    assert place in comparison_verdict(comparison)
 
 
 def test_where_the_format_was_learnt():
-    assert "format was learnt" in verdict(made(3, 2, mass=(0.1, 0.99)))
-    assert "format was learnt" not in verdict(made(3, 2))
+    assert "format was learnt" in comparison_verdict(made(3, 2, mass=(0.1, 0.99)))
+    assert "format was learnt" not in comparison_verdict(made(3, 2))
 
 
 def test_an_evaluation_beside_itself(tmp_path):

@@ -20,7 +20,7 @@ from medmcqa_lora.analysis.published import published, write_report
 from medmcqa_lora.core.files import append_lines, read_lines
 from medmcqa_lora.data.questions import Question, fingerprint, load_questions
 from medmcqa_lora.data.schemas import LETTERS
-from medmcqa_lora.evaluation.records import prediction
+from medmcqa_lora.evaluation.records import prediction_record
 from medmcqa_lora.evaluation.summary import write_evaluation
 
 SUBJECTS = ("Anatomy", "ENT")
@@ -39,7 +39,7 @@ def evaluation(folder, knows, likes_a=0.0, questions=QUESTIONS, adapter=None, mo
     noise = np.random.default_rng(0).normal(size=(len(questions), 4))
     logits = noise + knows * right + likes_a * np.eye(4)[0]
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    records = [prediction(q, row) for q, row in zip(questions, logprobs.tolist())]
+    records = [prediction_record(q, row) for q, row in zip(questions, logprobs.tolist())]
     folder.mkdir(parents=True)
     append_lines(folder / "predictions.jsonl", records)
     write_evaluation(folder, records, questions, model, adapter)

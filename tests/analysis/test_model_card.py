@@ -10,7 +10,7 @@ from medmcqa_lora.analysis.model_card import header_results, leakage_limit
 from medmcqa_lora.analysis.published import published
 from medmcqa_lora.core.files import append_lines, read_lines
 from medmcqa_lora.data.questions import load_questions
-from medmcqa_lora.evaluation.option_order import draw_orders, in_order, order_record
+from medmcqa_lora.evaluation.option_order import draw_orders, reorder_options, order_record
 from medmcqa_lora.evaluation.records import read_evaluation
 from medmcqa_lora.model.hub import check_shareable
 from medmcqa_lora.training.run_folder import write_card
@@ -234,7 +234,7 @@ def write_orders(folder, choose, k=4, questions=QUESTIONS[:40]):
     records = []
     for q in questions:
         for order in draw_orders(k, 0):
-            reordered = in_order(q, order)
+            reordered = reorder_options(q, order)
             chosen = choose(reordered)
             logprobs = [0.0 if i == chosen else -9.0 for i in range(4)]
             records.append(order_record(reordered, logprobs))
@@ -295,7 +295,7 @@ def test_equal_options_are_one_answer(validation):
         repeated = max(folded(q), key=folded(q).count)
         choices = set()
         for order in draw_orders(24, 0):
-            reordered = in_order(q, order)
+            reordered = reorder_options(q, order)
             place = folded(reordered).index(repeated)
             logprobs = [0.0 if i == place else -9.0 for i in range(4)]
             choices.add(order_record(reordered, logprobs)["choice"])

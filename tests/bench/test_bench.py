@@ -33,13 +33,13 @@ from medmcqa_lora.bench.variants import (
     random_files,
     save_random,
 )
-from medmcqa_lora.core.files import read_lines, shipped
+from medmcqa_lora.core.files import read_lines, shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.fast import layers, mamba, operations, packing
 from medmcqa_lora.fast.apply import apply_fast_parts
 from medmcqa_lora.fast.experts import is_grouped
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import list_matrices
 from medmcqa_lora.training import step, trainer
@@ -228,9 +228,9 @@ def parameters_by_hand(config: dict) -> dict[str, int]:
 
 
 def test_parameters_of_the_30b_model():
-    model = planned_model("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16")
+    model = model_structure("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16")
     blocks, head = passed_parameters(model)
-    config = json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+    config = json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
     pattern = config["hybrid_override_pattern"]
     by_kind = parameters_by_hand(config)
     assert blocks == sum(pattern.count(kind) * n for kind, n in by_kind.items())
@@ -241,7 +241,7 @@ def test_parameters_of_the_30b_model():
 def test_cut_30b_model(tmp_path):
     recipe = load_recipe("nemotron_nano", {"tokenizer": "toy-nemotron-h"})
     cut = cut_model(recipe, 6, tmp_path)
-    kinds = {m.kind for m in list_matrices(planned_model(cut.model))}
+    kinds = {m.kind for m in list_matrices(model_structure(cut.model))}
     assert kinds == {"mamba", "moe", "attention", "other"} and cut.tokenizer == "toy-nemotron-h"
 
 
@@ -299,7 +299,7 @@ def ready(tmp_path_factory):
     for name, p in prepared.model.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.05)
     for name, module in prepared.model.named_modules():
-        if name.endswith("in_proj.base_layer"): layers.make_room(module, 8)
+        if name.endswith("in_proj.base_layer"): layers.pad_weight(module, 8)
     return prepared
 
 
@@ -343,7 +343,7 @@ def fused_modules(s) -> list:
 
 def has_spare_columns(s) -> bool:
     linear = [m for m in s.model.modules() if isinstance(m, torch.nn.Linear)]
-    return any(layers.room_of(m) for m in linear)
+    return any(layers.row_padding(m) for m in linear)
 
 
 def recording_is_gone(s) -> bool:

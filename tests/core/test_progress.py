@@ -11,12 +11,12 @@ from medmcqa_lora.core.progress import (
     HEARTBEAT,
     Display,
     Heartbeat,
-    Work,
+    Progress,
     begin_heartbeat,
     cell_ended,
-    read_beat,
-    reported,
-    write_beat,
+    read_heartbeat,
+    report_run,
+    write_heartbeat,
 )
 
 
@@ -31,11 +31,11 @@ def own_display():
 def test_a_torn_heartbeat(content, tmp_path):
     (tmp_path / HEARTBEAT).write_bytes(content.encode("latin1"))
     with pytest.raises(ValueError, match="is torn, or not JSON"):
-        read_beat(tmp_path)
+        read_heartbeat(tmp_path)
 
 
 def test_a_heartbeat_that_cannot_be_written_is_no_error(tmp_path):
-    write_beat(tmp_path / "missing", {})
+    write_heartbeat(tmp_path / "missing", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -46,15 +46,15 @@ def test_nothing_temporary_is_left(tmp_path):
     heart.end("finished")
     time.sleep(0.1)
     assert [p.name for p in tmp_path.iterdir()] == [HEARTBEAT]
-    assert read_beat(tmp_path)["state"] == "finished"
+    assert read_heartbeat(tmp_path)["state"] == "finished"
 
 
 def test_the_last_state_that_another_process_wrote_stays(tmp_path):
     heart = Heartbeat(tmp_path, "training", every=0.05)
     heart.begin()
-    write_beat(tmp_path, dict(state="failed", pid=0, cause="rank 1: broken"))
+    write_heartbeat(tmp_path, dict(state="failed", pid=0, cause="rank 1: broken"))
     time.sleep(0.3)
-    assert read_beat(tmp_path)["cause"] == "rank 1: broken"
+    assert read_heartbeat(tmp_path)["cause"] == "rank 1: broken"
     heart.stopped.set()
 
 
@@ -66,7 +66,7 @@ def test_the_last_state_that_another_process_wrote_stays(tmp_path):
 def test_a_cell_that_raises_ends_the_heartbeat(error, state, cause, tmp_path):
     begin_heartbeat(tmp_path, "training", SimpleNamespace(first=True, launched=True))
     cell_ended(SimpleNamespace(error_in_exec=error))
-    facts = read_beat(tmp_path)
+    facts = read_heartbeat(tmp_path)
     assert (facts["state"], facts["cause"].strip()) == (state, cause.strip())
 
 
@@ -87,7 +87,7 @@ def test_what_a_process_shows(first, launched, quiet, mode, tmp_path):
 
 def test_quiet_work_shows_nothing():
     with redirect_stderr(io.StringIO()) as log:
-        work = Work("train", 4, "step", quiet=True)
+        work = Progress("train", 4, "step", quiet=True)
         work.update(4)
         work.close()
     assert log.getvalue() == ""
@@ -101,17 +101,17 @@ def test_quiet_work_shows_nothing():
 ])
 def test_what_the_launching_process_reports(error, state, cause, tmp_path):
     try:
-        with reported(tmp_path / "run", "training", InterruptedError):
-            assert read_beat(tmp_path / "run")["state"] == "starting"
+        with report_run(tmp_path / "run", "training", InterruptedError):
+            assert read_heartbeat(tmp_path / "run")["state"] == "starting"
             if error:
                 raise error
     except (RuntimeError, InterruptedError) as e:
         assert e is error
-    facts = read_beat(tmp_path / "run")
+    facts = read_heartbeat(tmp_path / "run")
     assert (facts["state"], facts["cause"]) == (state, cause)
 
 
 def test_only_the_first_host_reports(tmp_path):
-    with reported(tmp_path / "run", "training", InterruptedError, first=False):
+    with report_run(tmp_path / "run", "training", InterruptedError, first=False):
         pass
     assert not (tmp_path / "run").exists()

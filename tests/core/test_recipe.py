@@ -7,7 +7,13 @@ from dataclasses import FrozenInstanceError, asdict
 import pytest
 from conftest import ROOT
 
-from medmcqa_lora.core.recipe import Recipe, expected, parse_value, problems, recipe_types
+from medmcqa_lora.core.recipe import (
+    Recipe,
+    type_in_words,
+    parse_value,
+    recipe_problems,
+    recipe_types,
+)
 from medmcqa_lora.core.recipe_files import load_recipe, read_ini
 
 SECTIONS = read_ini(ROOT / "settings.ini").sections()
@@ -84,7 +90,7 @@ def test_ini_file_of_ones_own(tmp_path):
     (int | None, "a whole number or none"),
 ])
 def test_a_type_in_words(kind, words):
-    assert expected(kind) == words
+    assert type_in_words(kind) == words
 
 
 @pytest.mark.parametrize("text, kind, value", [
@@ -130,7 +136,7 @@ def test_a_word_that_does_not_fit(text, kind, words):
     ("target", "\ud800", "one of letter, letter_and_text, explanation_then_letter"),
 ])
 def test_a_value_of_another_type(key, value, words):
-    assert problems(Recipe(**{key: value})) == [f"{key} = {value!r} is not {words}"]
+    assert recipe_problems(Recipe(**{key: value})) == [f"{key} = {value!r} is not {words}"]
 
 
 @pytest.mark.parametrize("values", [
@@ -139,7 +145,7 @@ def test_a_value_of_another_type(key, value, words):
     dict(target="letter"),
 ])
 def test_a_whole_number_is_a_number_and_none_may_be_allowed(values):
-    assert problems(Recipe(**values)) == []
+    assert recipe_problems(Recipe(**values)) == []
 
 
 @pytest.mark.parametrize("key, value, sentence", [
@@ -160,7 +166,7 @@ def test_a_whole_number_is_a_number_and_none_may_be_allowed(values):
     ("data", "", "data is empty; name a file, a hub id, or sample"),
 ])
 def test_a_value_out_of_bounds(key, value, sentence):
-    assert problems(Recipe(**{key: value})) == [sentence]
+    assert recipe_problems(Recipe(**{key: value})) == [sentence]
 
 
 UNSLOTH = dict(backend="unsloth", dtype="bfloat16")
@@ -180,7 +186,7 @@ UNSLOTH = dict(backend="unsloth", dtype="bfloat16")
     (dict(quantization="fp8", parallel="fsdp"), "parallel fsdp needs quantization none"),
 ])
 def test_keys_that_exclude_each_other(values, beginning):
-    [sentence] = problems(Recipe(**values))
+    [sentence] = recipe_problems(Recipe(**values))
     assert sentence.startswith(beginning)
 
 
@@ -191,12 +197,12 @@ def test_keys_that_exclude_each_other(values, beginning):
     dict(quantization="fp8", fast="require"),
 ])
 def test_keys_that_go_together(values):
-    assert problems(Recipe(**values)) == []
+    assert recipe_problems(Recipe(**values)) == []
 
 
 def test_all_problems_at_once():
     recipe = Recipe(lora_r=0, seed=-1, model="a\0b", lora_dropout=1.5, early_stopping_patience=2)
-    assert problems(recipe) == [
+    assert recipe_problems(recipe) == [
         "model holds a character that doesn't print",
         "lora_r = 0 must be above 0",
         "seed = -1 must not be negative",
@@ -206,7 +212,7 @@ def test_all_problems_at_once():
 
 
 def test_types_are_reported_before_bounds():
-    assert problems(Recipe(lora_r=0, seed="x")) == ["seed = 'x' is not a whole number"]
+    assert recipe_problems(Recipe(lora_r=0, seed="x")) == ["seed = 'x' is not a whole number"]
 
 
 def test_a_recipe_does_not_change():

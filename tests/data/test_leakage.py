@@ -367,13 +367,13 @@ def test_control_characters_are_not_shown(cli, tmp_path):
 
 def write_scores(folder: Path, is_right) -> Path:
     """An evaluation of the sample by a model that knows the answer to question n if `is_right`."""
-    from medmcqa_lora.evaluation.records import prediction
+    from medmcqa_lora.evaluation.records import prediction_record
     from medmcqa_lora.evaluation.summary import write_evaluation
 
     predictions = []
     for n, q in enumerate(EVALUATION):
         chosen = (q.answer + (not is_right(n))) % 4
-        predictions.append(prediction(q, [-float(i != chosen) for i in range(4)]))
+        predictions.append(prediction_record(q, [-float(i != chosen) for i in range(4)]))
     folder.mkdir()
     lines = "".join(json.dumps(p) + "\n" for p in predictions)
     (folder / "predictions.jsonl").write_text(lines)

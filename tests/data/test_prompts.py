@@ -6,7 +6,7 @@ import pytest
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.explore import MOST_DRAWN, Example, plot_questions, show_styles
 from medmcqa_lora.data.prompts import with_examples
-from medmcqa_lora.data.questions import Question, identity, load_evaluation
+from medmcqa_lora.data.questions import Question, question_hash, load_evaluation
 from medmcqa_lora.data.tokens import sample_tokenizer
 
 Q = Question("q1", "Which organ makes insulin?", ("Liver", "Pancreas", "Spleen", "Kidney"), 1)
@@ -16,7 +16,7 @@ def test_worked_examples():
     recipe = Recipe(shots=2)
     questions = load_evaluation(recipe).questions[:3]
     asked = with_examples(questions, recipe)
-    assert [identity(q) for q in asked] == [identity(q) for q in questions]  # still themselves
+    assert [question_hash(q) for q in asked] == [question_hash(q) for q in questions]  # still themselves
     assert with_examples(asked, Recipe()) == asked
     with pytest.raises(ValueError, match="training rows that are not asked"):
         with_examples(asked, Recipe(shots=5000))

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from medmcqa_lora.data.questions import Question, describe, to_question
-from medmcqa_lora.data.schemas import _nested, check_fields, flatten, settle_base
+from medmcqa_lora.data.questions import Question, describe_problems, to_question
+from medmcqa_lora.data.schemas import _nested, check_fields, flatten_record, detect_label_base
 
 ROW = dict(question="?", opa=1, opb=2.5, opc=None, opd="x", cop=1, other=["not read"])
 Q = Question("q1", "Which organ makes insulin?", ("Liver", "Pancreas", "Spleen", "Kidney"), 1)
@@ -27,23 +27,23 @@ def test_rows_of_neither_schema():
     with pytest.raises(ValueError, match="line 2: field data.Options is missing"):
         _nested({"data": "not JSON"}, "line 2")
     with pytest.raises(ValueError, match="data.Options"):
-        flatten({"data": {"Question": "?"}}, "line 2")
+        flatten_record({"data": {"Question": "?"}}, "line 2")
     with pytest.raises(ValueError, match="field data.Options.D is missing"):
-        flatten({"data": {"Options": dict(A="1", B="2", C="3")}}, "line 2")
+        flatten_record({"data": {"Options": dict(A="1", B="2", C="3")}}, "line 2")
     with pytest.raises(ValueError, match="field data.Question is missing"):
-        flatten({"data": {"Options": dict(A="1", B="2", C="3", D="4")}}, "line 2")
+        flatten_record({"data": {"Options": dict(A="1", B="2", C="3", D="4")}}, "line 2")
     with pytest.raises(ValueError, match="line 3: is list, not an object"):
-        flatten(["?"], "line 3")
+        flatten_record(["?"], "line 3")
 
 
 def test_numberings_that_contradict():
     with pytest.raises(ValueError, match="mixed"):
-        settle_base([0, 4])
+        detect_label_base([0, 4])
     with pytest.raises(ValueError, match="it counts from 1; set label_base = 1 or auto"):
-        settle_base([1, 2, 3, 4], label_base="0")
+        detect_label_base([1, 2, 3, 4], label_base="0")
     with pytest.raises(ValueError, match="it counts from 0; set label_base = 0 or auto"):
-        settle_base([0, 1, 2, 3], label_base="1")
-    assert settle_base([0, 4], label_base="1") == "1" and settle_base([None, -1]) == "0"
+        detect_label_base([0, 1, 2, 3], label_base="1")
+    assert detect_label_base([0, 4], label_base="1") == "1" and detect_label_base([None, -1]) == "0"
 
 
 def test_names_without_control_characters():
@@ -54,6 +54,6 @@ def test_names_without_control_characters():
 
 
 def test_description_of_problems():
-    assert describe({"empty option": [Q] * 4}).count("q1") == 3
+    assert describe_problems({"empty option": [Q] * 4}).count("q1") == 3
     escape = replace(Q, id="q\x1b[2J")
-    assert describe({"empty option": [escape]}) == "empty option: 1 ( q [2J)"
+    assert describe_problems({"empty option": [escape]}) == "empty option: 1 ( q [2J)"

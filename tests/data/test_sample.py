@@ -4,8 +4,8 @@ from collections import Counter
 
 from conftest import REAL
 
-from medmcqa_lora.core.files import shipped
-from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.core.files import shipped_file
+from medmcqa_lora.data.questions import question_hash, load_questions
 from medmcqa_lora.data.sources import read_file
 
 FIELDS = ["id", "question", "opa", "opb", "opc", "opd", "cop", "choice_type", "exp",
@@ -13,7 +13,7 @@ FIELDS = ["id", "question", "opa", "opb", "opc", "opd", "cop", "choice_type", "e
 
 
 def test_fields_and_counts():
-    records = [r for _, r in read_file(shipped("assets/sample.jsonl"))]
+    records = [r for _, r in read_file(shipped_file("assets/sample.jsonl"))]
     assert all(list(r) == FIELDS for r in records)
     loaded = load_questions("sample")
     assert (loaded.read, len(loaded.questions)) == (240, 240)
@@ -41,9 +41,9 @@ def test_correct_letters_are_balanced():
 
 
 def test_none_is_a_real_row():
-    ours = {identity(q) for q in load_questions("sample").questions}
+    ours = {question_hash(q) for q in load_questions("sample").questions}
     for file in REAL.glob("*.jsonl"):
-        assert not ours & {identity(q) for q in load_questions(str(file)).questions}
+        assert not ours & {question_hash(q) for q in load_questions(str(file)).questions}
 
 
 def longest_option(q) -> int:

@@ -7,7 +7,7 @@ from conftest import ALL
 from helpers import check_demo
 
 from medmcqa_lora.data.schemas import LETTERS
-from medmcqa_lora.data.questions import identity, load_questions
+from medmcqa_lora.data.questions import question_hash, load_questions
 from medmcqa_lora.fast.apply import apply_fast_parts
 
 
@@ -25,7 +25,7 @@ def test_training_rows(train_rows, validation):
     loaded = load_questions(str(train_rows), training=True)
     assert (len(loaded.questions), loaded.base) == (2738, "1")
     assert all(q.id for q in loaded.questions) and len({q.id for q in loaded.questions}) == 2738
-    assert not {identity(q) for q in loaded.questions} & {identity(q) for q in load_questions(str(validation)).questions}
+    assert not {question_hash(q) for q in loaded.questions} & {question_hash(q) for q in load_questions(str(validation)).questions}
 
 
 def test_every_schema_and_format_reads_the_same(validation, tmp_path):
@@ -81,7 +81,7 @@ def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2)
     from medmcqa_lora.data.questions import find_problems
     from medmcqa_lora.model.resolve import load_tokenizer
     from medmcqa_lora.model.load import load_model
-    from medmcqa_lora.evaluation.options import choose_sharing, encode_options, option_logprobs, options_prompt, sharing_error
+    from medmcqa_lora.evaluation.options import choose_shared_prompt, encode_options, option_logprobs, options_prompt, shared_prompt_error
     from medmcqa_lora.core.recipe import Recipe
 
     recipe, loaded = Recipe(), load_questions(str(validation))
@@ -91,8 +91,8 @@ def test_options_share_their_prompts_pass_on_the_real_model(validation, smollm2)
     prompts, ends = encode_options(questions, tokenizer, recipe)
     for q, p, four in zip(questions, prompts, ends):
         assert tokenizer.decode(p) == options_prompt(q, "plain")[0] and [tokenizer.decode(e) for e in four] == [f" {o}" for o in q.options]
-    assert sharing_error(model, prompts, ends, tokenizer.pad_token_id) < 1e-4
-    assert choose_sharing(model, tokenizer, questions, recipe)[0]
+    assert shared_prompt_error(model, prompts, ends, tokenizer.pad_token_id) < 1e-4
+    assert choose_shared_prompt(model, tokenizer, questions, recipe)[0]
     sums = option_logprobs(model, prompts[-2:], ends[-2:], tokenizer.pad_token_id, shared=True)()
     assert all(len(set(four)) == len(set(q.options)) for four, q in zip(sums, questions[-2:]))
 

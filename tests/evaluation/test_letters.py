@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medmcqa_lora.core.files import read_lines, write_whole
+from medmcqa_lora.core.files import read_lines, write_file
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_evaluation
 from medmcqa_lora.evaluation import letters as letters_module
@@ -65,7 +65,7 @@ def test_a_torn_line_is_dropped_and_its_question_scored_again(toy, tmp_path, pac
     score(complete)
     text = (complete / "predictions.jsonl").read_bytes()
     torn.mkdir()
-    write_whole(torn / "predictions.jsonl", text[:len(text) // 2])
+    write_file(torn / "predictions.jsonl", text[:len(text) // 2])
     score(torn)
     assert (torn / "predictions.jsonl").read_bytes() == text
     by_id = {p["id"]: p for p in read_lines(complete / "predictions.jsonl")}

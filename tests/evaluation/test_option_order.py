@@ -15,12 +15,12 @@ from medmcqa_lora.core.files import append_lines
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.prompts import render_prompt, with_examples
-from medmcqa_lora.data.questions import fingerprint, identity, load_evaluation, load_questions
+from medmcqa_lora.data.questions import fingerprint, question_hash, load_evaluation, load_questions
 from medmcqa_lora.data.schemas import LETTERS
-from medmcqa_lora.evaluation.letters import choose_scoring, encode_prompts
+from medmcqa_lora.evaluation.letters import choose_prompt_packing, encode_prompts
 from medmcqa_lora.evaluation.option_order import (
-    draw_orders, in_order, letter_bias, order_record, score_orders, summarise_orders,
-    write_orders,
+    draw_orders, reorder_options, letter_bias, order_record, score_orders, summarise_orders,
+    write_orders_comparison,
 )
 from medmcqa_lora.evaluation.records import EvaluationOutput, begin_evaluation, collect
 from medmcqa_lora.fast.apply import apply_fast_parts
@@ -43,11 +43,11 @@ def test_worked_examples_stand_before_and_change_nothing_else(shots, style):
         assert prompt.endswith(render_prompt(alone, style))
         assert prompt.count("Question:") == shots + 1
     examples = with_shots[0].shown if shots else ()
-    letters = {identity(q): LETTERS[q.answer] for q in load_pair(recipe)[0].questions}
+    letters = {question_hash(q): LETTERS[q.answer] for q in load_pair(recipe)[0].questions}
     texts = render_prompt(with_shots[0], style).split("\n\n")[:shots]
-    assert [text[-1] for text in texts] == [letters[identity(e)] for e in examples]
-    shown = {identity(e) for q in with_shots for e in q.shown}
-    assert not shown & {identity(q) for q in plain}
+    assert [text[-1] for text in texts] == [letters[question_hash(e)] for e in examples]
+    shown = {question_hash(e) for q in with_shots for e in q.shown}
+    assert not shown & {question_hash(q) for q in plain}
 
 
 def test_worked_examples_are_drawn_by_the_seed():
@@ -93,7 +93,7 @@ def test_orders_are_drawn_by_the_seed():
     "order", ["".join(p) for p in permutations(LETTERS)] if ALL else ["DCBA", "BCDA"])
 def test_an_order_moves_options_and_answer_together(order):
     for q in load_questions("sample", "validation").questions[:20]:
-        moved = in_order(q, order)
+        moved = reorder_options(q, order)
         assert moved.options[moved.answer] == q.options[q.answer]
         assert sorted(moved.options) == sorted(q.options)
         assert [q.options[LETTERS.index(c)] for c in order] == list(moved.options)
@@ -104,7 +104,7 @@ def test_orders_on_a_model(tmp_path):
     questions = load_questions("sample", "validation", limit=8).questions
     model, tokenizer = apply_fast_parts(load_model(TOY), TOY), load_tokenizer(TOY)
     orders = draw_orders(4, 0)
-    packed, _ = choose_scoring(model, tokenizer, questions, TOY)
+    packed, _ = choose_prompt_packing(model, tokenizer, questions, TOY)
 
     def score(recipe):
         output = EvaluationOutput(tmp_path, quiet=True)
@@ -130,16 +130,16 @@ def test_orders_of_one_model_alone_or_other_orders_are_not_compared(tmp_path):
     questions = load_questions("sample", "validation", limit=3).questions
 
     def write(name, orders):
-        ordered = [in_order(q, order) for q in questions for order in orders]
+        ordered = [reorder_options(q, order) for q in questions for order in orders]
         folder = tmp_path / name
         folder.mkdir()
         append_lines(folder / "orders.jsonl", [order_record(q, [0.0] * 4) for q in ordered])
         return folder
 
     some, others = write("some", ["ABCD", "BADC"]), write("others", ["ABCD", "DCBA"])
-    assert "for the base alone" in write_orders(some, tmp_path / "none")
-    assert "for the tuned model alone" in write_orders(tmp_path / "none", some)
-    assert "can't be set side by side" in write_orders(some, others)
+    assert "for the base alone" in write_orders_comparison(some, tmp_path / "none")
+    assert "for the tuned model alone" in write_orders_comparison(tmp_path / "none", some)
+    assert "can't be set side by side" in write_orders_comparison(some, others)
 
 
 def test_the_letter_bias_of_two_letters():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medmcqa_lora.core.files import write_whole
+from medmcqa_lora.core.files import write_file
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.data.questions import load_evaluation
 from medmcqa_lora.evaluation.options import (
@@ -92,7 +92,7 @@ def test_an_interrupted_file_and_two_processes_give_the_same_bytes(toy, tmp_path
     score(complete)
     text = (complete / "options.jsonl").read_bytes()
     torn.mkdir()
-    write_whole(torn / "options.jsonl", text[:len(text) // 2])
+    write_file(torn / "options.jsonl", text[:len(text) // 2])
     score(torn)
     assert (torn / "options.jsonl").read_bytes() == text
 

@@ -18,17 +18,17 @@ from medmcqa_lora.fast.experts import expert_product
 from medmcqa_lora.fast.float8 import (
     Weight8,
     dequantise,
-    product,
+    frozen_matmul,
     quantise,
     quantise_matrix,
     weight_of,
-    weights8,
+    float8_weights,
 )
 from medmcqa_lora.model.adapter import load_adapter, save_adapter
 from medmcqa_lora.model.load import check_backend, load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 GPU = torch.cuda.is_available()
 HAS_FLOAT8 = GPU and torch.cuda.get_device_capability() >= (9, 0)
@@ -71,7 +71,7 @@ def train_toy(folder, **settings) -> tuple:
     encoded = encode_questions(load_pair(chosen)[0].questions, tokenizer, chosen)
     folder.mkdir()
     trainer = make_trainer(model, tokenizer, encoded, chosen, folder, packed=True)
-    train(trainer, folder)
+    run_training(trainer, folder)
     return model, [m["loss"] for m in read_lines(folder / "metrics.jsonl")]
 
 
@@ -82,7 +82,7 @@ def test_losses_stay_near_those_without_8_bits(tmp_path, targets):
     folders = tmp_path / "float8", tmp_path / "plain"
     model, losses = train_toy(folders[0], quantization="fp8", lora_targets=targets)
     _, plain = train_toy(folders[1], lora_targets=targets)
-    assert len(list(weights8(model))) > 10 and losses != plain
+    assert len(list(float8_weights(model))) > 10 and losses != plain
     assert all(abs(a - b) < 0.05 * b for a, b in zip(losses, plain)), (losses, plain)
     assert losses[-1] < losses[0] - 0.2
 
@@ -114,7 +114,7 @@ def test_which_matrices_become_8_bits_wide():
             assert not p.isnan().any(), name
     attention = (False, "asked for")
     described = describe_kernels(model, chosen, attention)
-    assert f"8-bit floats in {len(list(weights8(model)))}" in described
+    assert f"8-bit floats in {len(list(float8_weights(model)))}" in described
     assert ("slowly" in described) != GPU
     assert "8-bit" not in describe_kernels(load_fast(recipe()), recipe(), attention)
 
@@ -126,7 +126,7 @@ def test_the_context_manager_restores_matrices_after_an_error():
         assert any(p.isnan().all() for p in model.parameters())
         raise KeyError
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not list(weights8(model))
+    assert not list(float8_weights(model))
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -140,7 +140,7 @@ def test_recipes_that_cannot_use_8_bits(settings, message):
 
 def test_hardware_and_types_that_cannot_use_8_bits(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("medmcqa_lora.model.load.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("medmcqa_lora.model.load.compute_device", lambda: torch.device("cpu"))
     monkeypatch.setattr("medmcqa_lora.model.load.has_float8", lambda device: False)
     with pytest.raises(ValueError, match="capability 9.0 or newer"):
         check_backend(recipe(quantization="fp8"))
@@ -179,7 +179,7 @@ def test_products_on_a_gpu(sizes):
     w = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     w8, x8 = quantise_matrix(w), quantise(x)
     plain = dequantise(x8, torch.float32) @ dequantise(w8.rows, torch.float32).T
-    assert (product(x, w8) - plain).norm() / plain.norm() < 5e-3
+    assert (frozen_matmul(x, w8) - plain).norm() / plain.norm() < 5e-3
     with no_float8():
         by_pytorch = quantise(x)
     assert torch.equal(by_pytorch.values.float(), x8.values.float())
@@ -194,7 +194,7 @@ def test_grouped_products_on_a_gpu(counts):
     w = torch.randn(len(counts), 2688, 1856, device="cuda", dtype=torch.bfloat16)
     w8 = quantise_matrix(w)
     fast = expert_product(x, w8, ends)
-    with patch.object(experts, "multiplies8", lambda w: False):
+    with patch.object(experts, "has_float8_product", lambda w: False):
         slow = expert_product(x, w8, ends)
     assert fast.shape == slow.shape and (fast - slow).norm() / slow.norm() < 1e-2
 

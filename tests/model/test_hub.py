@@ -4,7 +4,7 @@ import json
 import pytest
 
 from medmcqa_lora.model.adapter import adapter_digest
-from medmcqa_lora.model.hub import check_shareable, push
+from medmcqa_lora.model.hub import check_shareable, upload_run
 
 INDEX = """model-index:
 - name: a
@@ -62,4 +62,4 @@ def test_without_a_network(run, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="log in with"):
-        push(run, "me/adapter")
+        upload_run(run, "me/adapter")

@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.model.load import draw_random_weights, load_model, settle_dtype
+from medmcqa_lora.model.load import draw_random_weights, load_model, resolve_dtype
 from medmcqa_lora.model.resolve import empty_model, load_config, resolve_model
 
 logging.disable_progress_bar()
@@ -95,8 +95,8 @@ def test_other_vectors_stay_as_they_are():
 
 def test_auto_is_the_stored_type():
     model = empty_model(resolve_model(TOY))
-    assert settle_dtype(Recipe(dtype="auto"), model).dtype == "float32"
-    assert settle_dtype(Recipe(dtype="bfloat16"), model).dtype == "bfloat16"
+    assert resolve_dtype(Recipe(dtype="auto"), model).dtype == "float32"
+    assert resolve_dtype(Recipe(dtype="bfloat16"), model).dtype == "bfloat16"
 
 
 def test_out_of_memory_is_one_line():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from medmcqa_lora.core.files import shipped
+from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.model.checkpoint import block_index
@@ -23,7 +23,7 @@ from medmcqa_lora.model.lora import (
     lora_config,
     lora_report,
     plot_blocks,
-    select,
+    select_matrices,
 )
 from medmcqa_lora.model.resolve import TOY
 
@@ -125,7 +125,7 @@ def test_gradients_on_all_ranks(prepare, group, length):
     model(x, labels=x, use_cache=False).loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == trainable(model).keys() and groups_of(found, model) == {group}
-    matrices = select(list_matrices(prepare(load_toy())), [group])
+    matrices = select_matrices(list_matrices(prepare(load_toy())), [group])
     modules = {m.name.rsplit(".", 1)[0] if m.fused else m.name for m in matrices}
     assert len(found) == 2 * len(matrices) and {base_name(n) for n in found} == modules
     for n, gradient in found.items():
@@ -144,12 +144,12 @@ def train_toy(model, recipe, folder):
     from medmcqa_lora.data.leakage import load_pair
     from medmcqa_lora.data.tokens import encode_questions
     from medmcqa_lora.model.resolve import load_tokenizer
-    from medmcqa_lora.training.trainer import make_trainer, train
+    from medmcqa_lora.training.trainer import make_trainer, run_training
 
     tokenizer = load_tokenizer(recipe)
     encoded = encode_questions(load_pair(recipe)[0].questions, tokenizer, recipe)
     trainer = make_trainer(model, tokenizer, encoded, recipe, folder)
-    train(trainer, folder)
+    run_training(trainer, folder)
     return trainer
 
 
@@ -184,7 +184,7 @@ def test_nothing_else_moves_and_merging_keeps_it(group, tmp_path):
 
 
 # Published sizes, from the model cards' config.json files.
-NANO_30B = json.loads(shipped("assets/nemotron_nano_config.json").read_text())
+NANO_30B = json.loads(shipped_file("assets/nemotron_nano_config.json").read_text())
 NANO_9B = dict(
     hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
     vocab_size=131072, hidden_size=4480, intermediate_size=15680, num_attention_heads=40,
@@ -271,32 +271,32 @@ def test_targets_that_can_not_be_had(name):
     groups, matrices = SIZES[name][4], list_matrices(structure(name))
     for target in ("mamba_out", "router"):
         with pytest.raises(ValueError, match=f"{target} is refused: "):
-            select(matrices, [target])
+            select_matrices(matrices, [target])
     for target in (*(set(GROUPS) - set(groups)), "atention", "gate"):
         with pytest.raises(ValueError, match=f"{target} matches nothing in this model"):
-            select(matrices, ["attention", target])
+            select_matrices(matrices, ["attention", target])
 
 
 def test_why_a_target_is_refused():
     matrices = list_matrices(load_toy())
     with pytest.raises(ValueError, match="unbalance the experts"):
-        select(matrices, ["router"])
+        select_matrices(matrices, ["router"])
     with pytest.raises(ValueError, match="bypass the adapter"):
-        select(matrices, ["out_proj"])
+        select_matrices(matrices, ["out_proj"])
 
 
 @pytest.mark.parametrize("prepare", [as_loaded, make_fast])
 def test_groups_beside_names_of_matrices(prepare):
     """A group and a name that is in it are no more than the group; a name reaches every group."""
     matrices = list_matrices(prepare(load_toy()))
-    attention = select(matrices, ["attention"])
-    assert select(matrices, ["attention", "q_proj"]) == attention
-    by_name = select(matrices, ["up_proj"])
+    attention = select_matrices(matrices, ["attention"])
+    assert select_matrices(matrices, ["attention", "q_proj"]) == attention
+    by_name = select_matrices(matrices, ["up_proj"])
     assert {m.group for m in by_name} == {"shared_experts", "mlp"}
     names = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
-    assert select(matrices, names) == select(matrices, ["routed_experts"])
+    assert select_matrices(matrices, names) == select_matrices(matrices, ["routed_experts"])
     in_mlp = [f"model.layers.4.mixer.{x}_proj" for x in ("up", "down")]
-    assert [m.name for m in select(matrices, ["mlp"])] == in_mlp
+    assert [m.name for m in select_matrices(matrices, ["mlp"])] == in_mlp
 
 
 def test_the_groups_of_the_toy():

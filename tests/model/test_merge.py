@@ -315,7 +315,7 @@ merge.merge_adapter(Path(adapter), Path(out), base)
 KILLS = [
     ("overwrite_matrix", 7, "SIGKILL"),
     ("merge_file", 3, "SIGKILL"),
-    ("write_whole", 1, "SIGKILL"),
+    ("write_file", 1, "SIGKILL"),
     ("merge_file", 2, "SIGINT"),
 ]
 

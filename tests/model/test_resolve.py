@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from medmcqa_lora.core.recipe import Recipe
-from medmcqa_lora.model.checkpoint import planned_model
+from medmcqa_lora.model.checkpoint import model_structure
 from medmcqa_lora.model.resolve import find_model, load_tokenizer, resolve_model
 
 logging.disable_progress_bar()
@@ -32,14 +32,14 @@ def test_a_built_in_model():
     found = find_model(recipe)
     assert (found.name, found.path, found.is_local) == (TOY, resolve_model(TOY), True)
     assert found.config is found.structure.config
-    assert shapes(found.structure) == shapes(planned_model(TOY))
+    assert shapes(found.structure) == shapes(model_structure(TOY))
     assert found.tokenizer("a word").input_ids == load_tokenizer(recipe)("a word").input_ids
 
 
 def test_the_large_model_needs_no_hub():
     found = find_model(Recipe(model=NANO))
     assert (found.path, found.is_local, found.tokenizer) == (NANO, False, None)
-    assert shapes(found.structure) == shapes(planned_model(NANO))
+    assert shapes(found.structure) == shapes(model_structure(NANO))
 
 
 def test_another_hub_id_is_not_asked_for():
@@ -63,7 +63,7 @@ def test_a_folder_without_weights(without_weights):
         find_model(recipe)
     planned = find_model(recipe, structure_only=True)
     assert planned.is_local and planned.tokenizer is None
-    assert shapes(planned.structure) == shapes(planned_model(TOY))
+    assert shapes(planned.structure) == shapes(model_structure(TOY))
     random = find_model(Recipe(model=str(without_weights), weights="random"))
     assert random.tokenizer is not None
 

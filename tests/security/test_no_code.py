@@ -140,13 +140,13 @@ def test_a_model_that_transformers_knows_brings_its_own_code(model, harmed):
 
 def test_a_model_that_needs_its_own_code_is_refused(model, harmed):
     from medmcqa_lora.model.resolve import load_tokenizer
-    from medmcqa_lora.model.checkpoint import planned_model
+    from medmcqa_lora.model.checkpoint import model_structure
     from medmcqa_lora.model.load import load_model
     from medmcqa_lora.core.recipe_files import load_recipe
 
     spoil(model, harmed, model_type="evil", architectures=["Evil"])
     recipe = load_recipe("toy", {"model": str(model)})
-    for ask in (lambda: planned_model(str(model)), lambda: load_model(recipe)):
+    for ask in (lambda: model_structure(str(model)), lambda: load_model(recipe)):
         with pytest.raises(ValueError, match="custom code"):
             ask()
     (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}))
@@ -189,7 +189,7 @@ def trained(tmp_path_factory):
     from medmcqa_lora.model.load import load_model
     from medmcqa_lora.model.lora import attach_lora
     from medmcqa_lora.core.recipe_files import load_recipe
-    from medmcqa_lora.training.trainer import make_trainer, train
+    from medmcqa_lora.training.trainer import make_trainer, run_training
     from medmcqa_lora.training.run_folder import start_run
 
     recipe = load_recipe("toy", dict(max_steps="2", save_steps="1", max_rows="8", save_total_limit="5", out=str(tmp_path_factory.mktemp("run") / "run")))
@@ -200,7 +200,7 @@ def trained(tmp_path_factory):
         return make_trainer(attach_lora(load_model(recipe), recipe), tokenizer, encoded, recipe, run)
 
     run = start_run(recipe, World(0, 1))
-    train(again(run), run)
+    run_training(again(run), run)
     shutil.rmtree(run / "checkpoints/checkpoint-2")
     return run, again
 
@@ -210,14 +210,14 @@ FILES = ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_checkpoint(name, trained, harmed, tmp_path):
-    from medmcqa_lora.training.trainer import train
+    from medmcqa_lora.training.trainer import run_training
 
     whole, again = trained
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     assert (run / "checkpoints/checkpoint-1" / name).exists() == (name != "training_args.bin")  # which is not kept
     hostile(run / "checkpoints/checkpoint-1" / name, harmed)
     try:
-        assert train(again(run), run, resume=True)["steps"] == 2
+        assert run_training(again(run), run, resume=True)["steps"] == 2
     except Exception as e:  # refused: a file was changed, or added, says the run
         assert re.search("weights.only|checksum|checkpoint", str(e), re.I), e
 
@@ -370,13 +370,13 @@ def test_reports_show_html_as_text(tmp_path, cli):
     from nbconvert.filters.markdown import markdown2html
 
     from medmcqa_lora.data.questions import load_questions
-    from medmcqa_lora.evaluation.records import prediction
+    from medmcqa_lora.evaluation.records import prediction_record
     from medmcqa_lora.evaluation.summary import write_evaluation
 
     questions = load_questions(str(hostile_rows(tmp_path)), "train").questions
     for name, shift in (("base", 1), ("tuned", 0)):
         (tmp_path / name).mkdir()
-        made = [prediction(q, [-1.0 - 3.0 * (j != (q.answer + shift * (i % 2)) % 4) for j in range(4)]) for i, q in enumerate(questions)]
+        made = [prediction_record(q, [-1.0 - 3.0 * (j != (q.answer + shift * (i % 2)) % 4) for j in range(4)]) for i, q in enumerate(questions)]
         (tmp_path / name / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in made))
         write_evaluation(tmp_path / name, made, questions, f"{HTML}/m", None)
     code, out, err = cli("compare", tmp_path / "base", tmp_path / "tuned", "--out", tmp_path / "o")

@@ -19,7 +19,7 @@ from medmcqa_lora.core.recipe import (  # noqa: E402
     Recipe,
     RecipeError,
     parse_value,
-    problems,
+    recipe_problems,
     recipe_types,
 )
 from medmcqa_lora.core.recipe_files import load_recipe, recipe_from  # noqa: E402
@@ -28,13 +28,13 @@ from medmcqa_lora.core.text import (  # noqa: E402
     in_markdown,
     is_text,
     label,
-    literal,
-    nearest,
-    short,
+    escape_braces,
+    nearest_hint,
+    shorten,
 )
 from medmcqa_lora.data.prompts import render_prompt  # noqa: E402
-from medmcqa_lora.data.questions import describe, identity, load_questions  # noqa: E402
-from medmcqa_lora.data.schemas import LETTERS, settle_base  # noqa: E402
+from medmcqa_lora.data.questions import describe_problems, question_hash, load_questions  # noqa: E402
+from medmcqa_lora.data.schemas import LETTERS, detect_label_base  # noqa: E402
 from medmcqa_lora.evaluation.generation import parse_letter  # noqa: E402
 
 settings.register_profile(
@@ -100,7 +100,7 @@ def check_questions_or_one_line(file):
         assert file.name in text and text.isprintable() and len(text) <= 1300
         return
     assert len(loaded.questions) + loaded.dropped == loaded.read
-    assert describe(loaded.problems).isprintable()
+    assert describe_problems(loaded.problems).isprintable()
     assert len({q.id for q in loaded.questions}) == len(loaded.questions)
     for q in loaded.questions:
         names = (q.id, q.subject, q.topic, q.choice_type, q.split)
@@ -157,7 +157,7 @@ COPS = st.sampled_from([None, "", "2", "2.0", 3.0, "A", "d", "nan", True, 1.5])
 )
 def test_a_numbering_is_found_or_refused(cops, base):
     try:
-        assert settle_base(cops, base) in ("0", "1", "letters")
+        assert detect_label_base(cops, base) in ("0", "1", "letters")
     except ValueError as e:
         assert "label_base" in str(e)
 
@@ -181,7 +181,7 @@ ODD_VALUES = {k: JSON for k in ("seed", "lora_targets", "model")}
 @given(st.fixed_dictionaries({}, optional=VALUES | ODD_VALUES))
 def test_any_values_give_a_recipe_or_problems(values):
     recipe = Recipe(**values)
-    found = problems(recipe)
+    found = recipe_problems(recipe)
     assert all(isinstance(p, str) and len(p) < 6000 for p in found)
     if found:
         return
@@ -202,7 +202,7 @@ def test_any_ini_file_gives_a_recipe_or_one_line(content, overrides, tmp_path):
     except RecipeError as e:
         assert error_line(e).isprintable() and len(error_line(e)) <= 1300
     else:
-        assert problems(recipe) == []
+        assert recipe_problems(recipe) == []
 
 
 TEXT_KEYS = st.sampled_from(["model", "data", "out", "lora_targets", "tokenizer"])
@@ -228,12 +228,12 @@ def test_papermill_carries_values_as_data(texts, number, integer):
 def test_papermill_leaves_a_path_as_it_is(name):
     from papermill.parameterize import parameterize_path
 
-    assert parameterize_path(literal(name), dict(seed=1)) == name
+    assert parameterize_path(escape_braces(name), dict(seed=1)) == name
 
 
 @given(ANY, st.lists(ANY, max_size=4))
 def test_a_hint_is_a_known_name(word, known):
-    assert nearest(word, known) in {"", *(f"; did you mean {k}?" for k in known)}
+    assert nearest_hint(word, known) in {"", *(f"; did you mean {k}?" for k in known)}
 
 
 # answers that a model wrote
@@ -287,7 +287,7 @@ def test_a_long_answer_is_read_in_time(n, piece):
 
 @given(ANY)
 def test_nothing_shown_is_obeyed(text):
-    assert len(short(text * 50)) <= 1200 and label(text).isprintable()
+    assert len(shorten(text * 50)) <= 1200 and label(text).isprintable()
     shown = in_markdown(text)
     assert shown.isprintable()
     assert all(shown[i - 1] == "\\" for i, c in enumerate(shown) if c in "<[]|`")
@@ -310,4 +310,4 @@ def test_identity_ignores_white_space_alone(stem, options):
     q = Question("", stem, tuple(options), 0)
     with_spaces = replace(q, question=f"  {stem}\n")
     with_a_letter = replace(q, question=f"x{stem}")
-    assert identity(q) == identity(with_spaces) != identity(with_a_letter)
+    assert question_hash(q) == question_hash(with_spaces) != question_hash(with_a_letter)

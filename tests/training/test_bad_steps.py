@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from medmcqa_lora.core.files import DiskError, read_lines
-from medmcqa_lora.core.recipe import Recipe, problems
+from medmcqa_lora.core.recipe import Recipe, recipe_problems
 from medmcqa_lora.core.recipe_files import load_recipe, read_values
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.tokens import encode_questions
@@ -28,9 +28,9 @@ from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
 from medmcqa_lora.training import checkpoints, metrics
 from medmcqa_lora.training.bad_steps import EXPLOSION_FACTOR, MAX_BAD_IN_A_ROW, BadStepCallback
-from medmcqa_lora.training.memory.fit import RESERVE, needed
+from medmcqa_lora.training.memory.fit import RESERVE, memory_needed
 from medmcqa_lora.training.stopping import StopOnRequest, Stopped
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 logging.disable_progress_bar()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,7 +197,7 @@ def test_a_bad_step_stops_the_run_and_touches_nothing(tmp_path, how, packing):
     run = tmp_path / "run"
     trainer, spoiler = made(run, {3}, how, **settings)
     with pytest.raises(ValueError) as stopped:
-        train(trainer, run)
+        run_training(trainer, run)
     ids = named(trainer, spoiler.seen[3], packing == "off")
     said = str(stopped.value)
     assert len(ids) == 4
@@ -211,7 +211,7 @@ def test_a_bad_step_stops_the_run_and_touches_nothing(tmp_path, how, packing):
     assert json.loads((run / "bad_step.json").read_text())["examples"] == ids
     assert saved_names(run) == ["checkpoint-2"]
     good, _ = made(tmp_path / "good", max_steps=2, **settings | dict(logging_steps=1))
-    train(good, tmp_path / "good")
+    run_training(good, tmp_path / "good")
     assert same(adapter(trainer.model), adapter(good.model))
     file = "checkpoints/checkpoint-2/adapter_model.safetensors"
     assert same(load_file(run / file), load_file(tmp_path / "good" / file))
@@ -223,7 +223,7 @@ def test_skipped_steps_are_recorded_and_the_rest_goes_on(tmp_path, packing):
     run = tmp_path / "run"
     settings = dict(packing=packing, logging_steps=2, on_bad_step="skip")
     trainer, spoiler = made(run, {3, 4}, "loss", **settings)
-    result = train(trainer, run)
+    result = run_training(trainer, run)
     lines = read_lines(run / "metrics.jsonl")
     said = "the loss is nan"
     assert [(m["step"], m.get("skipped")) for m in lines] == [(2, None), (3, said), (4, said),
@@ -241,9 +241,9 @@ def test_skipped_steps_are_recorded_and_the_rest_goes_on(tmp_path, packing):
 def test_a_line_holds_the_good_steps_alone(tmp_path):
     settings = dict(max_steps=3, save_steps=3, on_bad_step="skip")
     trainer, _ = made(tmp_path / "run", {2}, "loss", logging_steps=3, **settings)
-    train(trainer, tmp_path / "run")
+    run_training(trainer, tmp_path / "run")
     single, _ = made(tmp_path / "single", {2}, "loss", **settings)
-    train(single, tmp_path / "single")
+    run_training(single, tmp_path / "single")
     lines, each = lines_of(tmp_path / "run"), lines_of(tmp_path / "single")
     assert [m["step"] for m in lines] == [2, 3]
     assert [m["step"] for m in each] == [1, 2, 3]
@@ -279,7 +279,7 @@ def test_lines_of_skipped_steps_wait_for_room_too(tmp_path, capsys):
         append(path, lines)
 
     with patch.object(metrics, "append_lines", append_lines):
-        train(trainer, run)
+        run_training(trainer, run)
     lines = [(m["step"], "skipped" in m) for m in read_lines(run / "metrics.jsonl")]
     assert lines == [(2, False), (3, True), (4, False), (6, False)]
     assert capsys.readouterr().err.count("its lines wait (save_errors = warn)") == 2
@@ -292,7 +292,7 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path):
     said = (f"step {MAX_BAD_IN_A_ROW + 1}: the loss is nan.*"
             f"{MAX_BAD_IN_A_ROW} steps in a row were skipped")
     with pytest.raises(ValueError, match=said):
-        train(trainer, run)
+        run_training(trainer, run)
     assert skipped_steps(run) == [*range(2, MAX_BAD_IN_A_ROW + 1)]
 
 
@@ -301,11 +301,11 @@ def test_going_on_past_a_bad_step(tmp_path):
     run, other = tmp_path / "run", tmp_path / "undisturbed"
     trainer, _ = made(run, {3}, "loss")
     with pytest.raises(ValueError, match="step 3"):
-        train(trainer, run)
+        run_training(trainer, run)
     again, _ = made(run, {3}, "loss", on_bad_step="skip")
-    train(again, run, resume=True)
+    run_training(again, run, resume=True)
     undisturbed, _ = made(other, {3}, "loss", on_bad_step="skip")
-    train(undisturbed, other)
+    run_training(undisturbed, other)
     assert same(adapter(again.model), adapter(undisturbed.model))
     fields = ("step", "loss", "examples", "tokens")
     assert lines_of(run, fields) == lines_of(other, fields)
@@ -338,13 +338,13 @@ def test_going_on_between_a_bad_step_and_its_line(tmp_path, how):
     trainer = spoiled(run)
     trainer.add_callback(Kill())
     with pytest.raises(Lost):
-        train(trainer, run)
+        run_training(trainer, run)
     loop = json.loads((run / "checkpoints/checkpoint-5/loop.json").read_text())
     own = loop["processes"][0]
     assert (own["loss"] is None) == (how == "loss") and own["logged"] == 0
     again, undisturbed = spoiled(run), spoiled(other)
-    train(again, run, resume=True)
-    train(undisturbed, other)
+    run_training(again, run, resume=True)
+    run_training(undisturbed, other)
     assert same(adapter(again.model), adapter(undisturbed.model))
     assert lines_of(run) == lines_of(other)
     assert [m["step"] for m in lines_of(run)] == [3, 10] and lines_of(run)[1]["loss"] < 15
@@ -356,20 +356,20 @@ def test_the_checkpoint_at_a_request_is_looked_at(tmp_path):
     stop, skip, other = (tmp_path / name for name in ("stop", "skip", "undisturbed"))
     trainer, _ = made(stop, {3}, "loss", **settings)
     with pytest.raises(ValueError, match="step 3: the loss is nan.*there is no checkpoint yet"):
-        train(stop_in(trainer, 4), stop)
+        run_training(stop_in(trainer, 4), stop)
     assert not list(stop.glob("checkpoints/*"))
     settings |= dict(on_bad_step="skip")
     trainer, _ = made(skip, {3}, "loss", **settings)
     with pytest.raises(Stopped, match="behind step 4 as asked, with checkpoint-4"):
-        train(stop_in(trainer, 4), skip)
+        run_training(stop_in(trainer, 4), skip)
     lines = [(m["step"], m["skipped"]) for m in read_lines(skip / "metrics.jsonl")]
     assert lines == [(3, "the loss is nan")]
     state = saved_state(trainer)
     assert (state["step"], state["guard"][0]) == (4, 3.0)
     again, _ = made(skip, {3}, "loss", **settings)
-    train(again, skip, resume=True)
+    run_training(again, skip, resume=True)
     undisturbed, _ = made(other, {3}, "loss", **settings)
-    train(undisturbed, other)
+    run_training(undisturbed, other)
     assert same(adapter(again.model), adapter(undisturbed.model))
     assert lines_of(skip) == lines_of(other)
 
@@ -380,7 +380,7 @@ def test_a_request_waits_for_a_checkpoint_worth_it(tmp_path):
     trainer, spoiler = made(run, {7}, "explode", max_steps=12, save_steps=12)
     spoiler.factor = 20.0
     with pytest.raises(Stopped, match="behind step 8 as asked, with checkpoint-8"):
-        train(stop_in(trainer, 7), run)
+        run_training(stop_in(trainer, 7), run)
     assert saved_names(run) == ["checkpoint-8"]
 
 
@@ -400,9 +400,9 @@ def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
     said = (f"stopped behind step 4 as asked, but checkpoint-4 could not be saved \\({last}\\); "
             "go on")
     with (patch.object(checkpoints, "write_parts", write_parts),
-          patch.object(metrics, "note", lambda **facts: noted.append(facts)),
+          patch.object(metrics, "note_progress", lambda **facts: noted.append(facts)),
           pytest.raises(Stopped, match=said)):
-        train(stop_in(trainer, 4), run)
+        run_training(stop_in(trainer, 4), run)
     assert noted == [dict(checkpoint="checkpoints/checkpoint-2")] * (saved == 2)
 
 
@@ -414,7 +414,7 @@ def test_a_loss_that_explodes_stops_the_run(tmp_path):
     said = (rf"step \d+: the loss exploded: [\d.e+]+, {EXPLOSION_FACTOR:g} times what it began "
             "with.*the last checkpoint is checkpoint-6")
     with pytest.raises(ValueError, match=said):
-        train(trainer, run)
+        run_training(trainer, run)
     assert saved_names(run) == ["checkpoint-5", "checkpoint-6"]
 
 
@@ -424,7 +424,7 @@ def test_a_checkpoint_is_put_off_while_a_loss_is_high(tmp_path):
     settings = dict(max_steps=8, save_steps=1, save_total_limit=8)
     trainer, spoiler = made(run, {7}, "explode", **settings)
     spoiler.factor = 20.0
-    train(trainer, run)
+    run_training(trainer, run)
     losses = [m["loss"] for m in read_lines(run / "metrics.jsonl")]
     reference = sum(losses[:5]) / 5
     assert len(losses) == 8 and losses[6] > EXPLOSION_FACTOR * reference > losses[7]
@@ -438,14 +438,14 @@ def test_masked_targets_stop_the_run(tmp_path, packing):
     said = ("step 1: no token of it is to be learned: all labels are masked; "
             ".*there is no checkpoint yet")
     with pytest.raises(ValueError, match=said) as stopped:
-        train(trainer, run)
+        run_training(trainer, run)
     ids = named(trainer, spoiler.seen[1], packing == "off")
     assert ", ".join(ids) in str(stopped.value)
 
 
 def test_a_learning_rate_of_0(tmp_path):
     """The first step of a warm-up has it by design; a run of nothing else is stopped or refused."""
-    assert problems(load_recipe("toy", {"max_steps": "2", "warmup_steps": "1"})) == []
+    assert recipe_problems(load_recipe("toy", {"max_steps": "2", "warmup_steps": "1"})) == []
     said = "warmup_steps leaves the only step of max_steps = 1 a learning rate of 0"
     one_step = {"max_steps": "1", "warmup_steps": "2", "lr_scheduler_type": "linear"}
     with pytest.raises(ValueError, match=said):
@@ -455,9 +455,9 @@ def test_a_learning_rate_of_0(tmp_path):
     trainer, _ = made(tmp_path / "one", max_steps=-1, **settings)  # an epoch of one step
     said = "step 1: the learning rate is 0, so nothing would be learned"
     with pytest.raises(ValueError, match=said):
-        train(trainer, tmp_path / "one")
+        run_training(trainer, tmp_path / "one")
     two, _ = made(tmp_path / "two", max_steps=2, **settings)
-    assert train(two, tmp_path / "two")["steps"] == 2
+    assert run_training(two, tmp_path / "two")["steps"] == 2
 
 
 @pytest.mark.parametrize("logging_steps, steps", [(10, [3]), (2, [2, 3]), (3, [3])])
@@ -466,7 +466,7 @@ def test_the_last_steps_have_a_line(tmp_path, logging_steps, steps):
     run = tmp_path / "run"
     settings = dict(max_steps=-1, num_train_epochs=1.0, per_device_train_batch_size=4)
     trainer, _ = made(run, logging_steps=logging_steps, **settings)
-    result = train(trainer, run)
+    result = run_training(trainer, run)
     lines = read_lines(run / "metrics.jsonl")
     assert [m["step"] for m in lines] == steps and result["steps"] == 3
     assert result["last_loss"] == lines[-1]["loss"]
@@ -478,7 +478,7 @@ def test_a_run_of_skipped_steps_alone_is_an_error(tmp_path):
     said = ("metrics.jsonl: holds no loss, so there is nothing to report: "
             "all steps were skipped")
     with pytest.raises(ValueError, match=said):
-        train(trainer, run)
+        run_training(trainer, run)
     assert skipped_steps(run) == [1, 2, 3]
 
 
@@ -489,7 +489,7 @@ def test_evaluation_rows_without_a_loss(tmp_path):
     norm.register_forward_hook(lambda m, a, out: out if m.training else out * math.nan)
     said = "step 2: the loss on the evaluation rows is nan; .*there is no checkpoint yet"
     with pytest.raises(ValueError, match=said):
-        train(trainer, run)
+        run_training(trainer, run)
     assert not (run / "evals.jsonl").exists()
 
 
@@ -508,7 +508,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     said = ("step 4: weights of the adapter are not finite; lower learning_rate; "
             "the last checkpoint is checkpoint-2")
     with pytest.raises(ValueError, match=said):
-        train(trainer, run)
+        run_training(trainer, run)
     assert saved_names(run) == ["checkpoint-2"]
 
 
@@ -529,7 +529,7 @@ def test_a_step_asks_the_device_for_nothing(tmp_path):
         checked.append(norm)
 
     detector.check_step = watched
-    assert train(trainer, tmp_path / "run")["steps"] == 3
+    assert run_training(trainer, tmp_path / "run")["steps"] == 3
     assert len(checked) == 3
 
 
@@ -550,7 +550,7 @@ def test_recorded_steps_are_judged_without_waiting(tmp_path):
             torch.cuda.set_sync_debug_mode("default")
 
     detector.check_step = watched
-    train(trainer, run)
+    run_training(trainer, run)
     assert not trainer.training_step.why and trainer.training_step.recorded
     assert skipped_steps(run) == [4]
     assert all_finite(trainer.model) and updates(trainer) == {7.0}
@@ -563,16 +563,16 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
     expected = (r"^out of memory: 1.50 MiB more were asked for, and this GPU has 79.1 GiB in all; "
                 r"the plan's largest parts are \w+ .*would fit")
     with pytest.raises(ValueError, match=expected) as stopped:
-        train(trainer, run)
+        run_training(trainer, run)
     said, recipe = str(stopped.value), trainer.bad_steps.recipe
     assert "\n" not in said
-    limit = min(79.11 / RESERVE, needed(recipe, 1).sum() - 1.5 / 1024)
+    limit = min(79.11 / RESERVE, memory_needed(recipe, 1).sum() - 1.5 / 1024)
     changes = said.partition("by the plan ")[2].partition(" would fit")[0].split(", or ")
     assert len(changes) == 2
     for change in changes:
         words = [w.partition(" ") for w in change.removeprefix("-p ").split(" -p ")]
         values, bad = read_values({key: value for key, _, value in words}, "-p")
-        assert not bad and needed(Recipe(**vars(recipe) | values), 1).sum() <= limit
+        assert not bad and memory_needed(Recipe(**vars(recipe) | values), 1).sum() <= limit
     assert saved_names(run) == ["checkpoint-2"]
 
 
@@ -594,7 +594,7 @@ if any("ipykernel" in word for word in sys.orig_argv):
     (("medmcqa_lora.model.load", "_load_hf"), "train",
      "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; "
      "see who else uses the memory"),
-    (("medmcqa_lora.evaluation.letters", "letters_ahead"), "evaluate",
+    (("medmcqa_lora.evaluation.letters", "begin_letter_logprobs"), "evaluate",
      "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
 ], ids=["loading", "scoring"])
 def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
@@ -616,7 +616,7 @@ def run_case(folder: Path, rank: int, how: str, bad: list[int], settings: dict) 
     trainer, spoiler = made(folder, bad if rank == 1 else (), how, **settings)
     said = ""
     try:
-        train(trainer, folder)
+        run_training(trainer, folder)
     except ValueError as e:
         said = str(e)
     parts = [p.full_tensor() if hasattr(p, "full_tensor") else p

@@ -30,7 +30,7 @@ from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import load_tokenizer
 from medmcqa_lora.training.checkpoints import find_damage, list_checkpoints
-from medmcqa_lora.training.trainer import make_trainer, train
+from medmcqa_lora.training.trainer import make_trainer, run_training
 
 COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
 SMALL = dict(max_steps="8", save_steps="2", per_device_train_batch_size="2", max_rows="8")
@@ -95,7 +95,7 @@ def undisturbed(tmp_path_factory):
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     made = trainer(run)
-    train(made, run)
+    run_training(made, run)
     torch.set_num_threads(threads)
     return end(made, run)
 
@@ -147,14 +147,14 @@ FAULTS = [full, full, read_only, quota, too_large]
 def train_and_stop(made, run: Path, capsys) -> None:
     """It ends with one line that names the file."""
     with pytest.raises(DiskError) as stopped:
-        train(made, run)
+        run_training(made, run)
     said = str(stopped.value)
     assert "\n" not in said and str(run) in said and "can't be written" in said, said
 
 
 def train_and_warn(made, run: Path, capsys) -> None:
     """It goes on with a warning that names the file."""
-    train(made, run)
+    run_training(made, run)
     err = capsys.readouterr().err
     assert f"{run}" in err and "can't be written" in err and "save_errors = warn" in err
 
@@ -167,7 +167,7 @@ def resumed(run: Path, before: dict):
     assert before and damages(run) == before == dict.fromkeys(before, "")
     assert not [p for p in run.rglob(".*")]
     made = trainer(run)
-    train(made, run, resume=True)
+    run_training(made, run, resume=True)
     return made
 
 

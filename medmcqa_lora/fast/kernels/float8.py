@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['E4M3', 'E4M3_MAX', 'MIN_ROW_MAX', 'GROUPED', 'quantise_forward', 'rms_forward8', 'relu2_forward8', 'relu2_backward8',
-           'gated_norm_forward8', 'scatter_rows8', 'can_group8', 'grouped_rows8']
+           'gated_norm_forward8', 'scatter_rows8', 'can_group8', 'grouped_matmul8']
 
 # %% ../../../nbs/3_fast/kernels/float8.ipynb #a31269e9
 import torch
@@ -311,12 +311,12 @@ GROUPED = dict(BM=128, BN=256, BK=128, num_warps=8, num_stages=3)  # a tile's ro
 def can_group8(x: Tensor, # (S, K) float8
                w: Tensor # (E, N, K) float8
               ) -> bool: # False: another product has to be used
-    "Whether `grouped_rows8` takes these sizes."
+    "Whether `grouped_matmul8` takes these sizes."
     is_aligned = w.shape[2] % 16 == 0
     return bool(x.numel()) and is_aligned and x.is_contiguous() and w.is_contiguous()
 
 # %% ../../../nbs/3_fast/kernels/float8.ipynb #5bf20031
-def grouped_rows8(x: Tensor, scale: Tensor, # (S, K) float8 sorted by expert, and (S,)
+def grouped_matmul8(x: Tensor, scale: Tensor, # (S, K) float8 sorted by expert, and (S,)
                   w: Tensor, scales: Tensor, # (E, N, K) float8, and (E, N)
                   ends: Tensor, # (E,) int32, one past each expert's last row
                   dtype: torch.dtype # of the result

@@ -119,9 +119,9 @@ def check_usable(loaded):
     for q in loaded.questions[:8]:
         for style in ("plain", "lm_eval"):
             assert prompts.render_prompt(q, style).encode()
-        assert q.answer in (0, 1, 2, 3) and all(q.options) and questions.identity(q)
+        assert q.answer in (0, 1, 2, 3) and all(q.options) and questions.question_hash(q)
         json.dumps(q.id, ensure_ascii=False).encode()
-    assert questions.describe(loaded.problems).isprintable()
+    assert questions.describe_problems(loaded.problems).isprintable()
     assert len({q.id for q in loaded.questions}) == len(loaded.questions)
     questions.fingerprint(loaded.questions)
     leakage.drop_overlaps(loaded.questions[:20], loaded.questions[20:40], "near")

@@ -13,7 +13,7 @@ ROOT = HERE.parents[2]
 MEMORY = "/dev/shm"  # a file system in memory, where there is one
 sys.path.insert(0, str(ROOT))
 
-from medmcqa_lora.core.files import shipped  # noqa: E402
+from medmcqa_lora.core.files import shipped_file  # noqa: E402
 from medmcqa_lora.core.recipe import recipe_types  # noqa: E402
 from medmcqa_lora.data.schemas import TEXTS  # noqa: E402
 
@@ -29,7 +29,7 @@ WORDS = {  # for libFuzzer's dictionary
 
 def row_seeds() -> dict[str, bytes]:
     """The first byte of a row file chooses its format; with 4 added, the rest becomes rows."""
-    lines = shipped("assets/sample.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = shipped_file("assets/sample.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:3]]
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])
@@ -46,7 +46,7 @@ def row_seeds() -> dict[str, bytes]:
 
 def seeds() -> dict[str, dict[str, bytes]]:
     """Fuzzer -> file -> content."""
-    recipes = {"settings": shipped("settings.ini").read_bytes(), "own": OWN_RECIPE}
+    recipes = {"settings": shipped_file("settings.ini").read_bytes(), "own": OWN_RECIPE}
     return {"rows": row_seeds(), "recipes": recipes}
 
 
