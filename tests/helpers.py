@@ -35,22 +35,48 @@ def check_one_line(result, *expected):
         assert part in err, (part, err)
 
 
-FIGURES = {"data.png", "loss.png", "by_subject.png", "letters.png", "gain.png"}
-
-
 def check_demo(out: str, run: Path, n: int):
     """What a finished demo prints and leaves."""
-    for part in ("exact McNemar p", "model card", "always one letter"):
-        assert part in out, (part, out)
+    assert "exact McNemar p" in out and "model card" in out and "always one letter" in out
     card = (run / "README.md").read_text()
     comparison = json.loads((run / "comparison.json").read_text())
-    assert comparison["verdict"] in card and comparison["gain"]["verdict"] in card
-    assert comparison["n"] == n and "unparseable answers" in card
-    assert {p.name for p in (run / "figures").iterdir()} == FIGURES
-    assert len(read_lines(run / "base/predictions.jsonl")) == n
-    assert len(read_lines(run / "tuned/predictions.jsonl")) == n
-    assert len(read_lines(run / "base/generations.jsonl")) == n
+    assert comparison["verdict"] in card and comparison["gain"]["verdict"] in card and comparison["n"] == n
+    assert {p.name for p in (run / "figures").iterdir()} == {"data.png", "loss.png", "by_subject.png", "letters.png", "gain.png"}
+    assert len(read_lines(run / "base/predictions.jsonl")) == len(read_lines(run / "tuned/predictions.jsonl")) == n
+    assert len(read_lines(run / "base/generations.jsonl")) == n and "unparseable answers" in card
     assert max(m["peak_memory_gib"] for m in read_lines(run / "metrics.jsonl")) < 8
+
+
+def trained(folder, packed: bool, **settings):
+    """Losses and gradient-free adapter of a short run, and the token counts it logged."""
+    recipe = load_recipe("toy", {"max_steps": "6", "save_steps": "6", "eval_steps": "6", "max_rows": "40", **settings})
+    tokenizer, (rows, held_out) = load_tokenizer(recipe), load_pair(recipe)
+    encoded, evaluation = (encode_questions(r.questions, tokenizer, recipe) for r in (rows, held_out))
+    model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
+    folder.mkdir()
+    run_training(make_trainer(model, tokenizer, encoded, recipe, folder, evaluation, packed), folder)
+    return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
+
+
+def reset_signals() -> None:
+    """For `preexec_fn`: under nohup or in a background job, a child inherits ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(command: list[str], **popen) -> subprocess.Popen:
+    """A process that ends on signals, however the tests were started."""
+    first = popen.pop("preexec_fn", None)
+
+    def prepare():
+        reset_signals()
+        if first:
+            first()
+
+    return subprocess.Popen(command, preexec_fn=prepare, **popen)
 
 
 def allocated_on_cpu(run) -> int:
@@ -159,40 +185,3 @@ def isolation(recipe: Recipe, chunk: int, vocabulary: int) -> dict:
     differences |= scoring_distances(model, rows)
     kernels = describe_kernels(model, recipe, (True, "asked for")).splitlines()
     return dict(differences=differences, kernels=kernels, matrices=len(gradients))
-
-
-SHORT_RUN = {"max_steps": "6", "save_steps": "6", "eval_steps": "6", "max_rows": "40"}
-
-
-def trained(folder: Path, packed: bool, **settings):
-    """A short run: the lines of its metrics, those of its evaluations, its adapter's tensors."""
-    recipe = load_recipe("toy", SHORT_RUN | settings)
-    tokenizer = load_tokenizer(recipe)
-    rows, held_out = (encode_questions(r.questions, tokenizer, recipe) for r in load_pair(recipe))
-    model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
-    folder.mkdir()
-    trainer = make_trainer(model, tokenizer, rows, recipe, folder, held_out, packed)
-    run_training(trainer, folder)
-    adapter = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return read_lines(folder / "metrics.jsonl"), read_lines(folder / "evals.jsonl"), adapter
-
-
-COMMAND = [sys.executable, "-c", "from medmcqa_lora.cli import main; main()"]
-
-
-def reset_signals() -> None:
-    """For `preexec_fn`: under nohup or in a background job, a child inherits ignored signals."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def start(command: list[str], **popen) -> subprocess.Popen:
-    """A process that ends on signals, however the tests were started."""
-    first = popen.pop("preexec_fn", None)
-
-    def prepare():
-        reset_signals()
-        if first:
-            first()
-
-    return subprocess.Popen(command, preexec_fn=prepare, **popen)
