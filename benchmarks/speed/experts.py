@@ -1,30 +1,23 @@
 """A MoE block's training step with LoRA on its routed experts: PEFT's way beside grouped products,
 in alternation.
 
-    python benchmarks/speed/experts.py                                                 # toy size, on the CPU
-    python benchmarks/speed/experts.py --device cuda --size full --tokens 4096 16384   # one block of the 30B model
+    python benchmarks/speed/experts.py                 # toy size, on the CPU
+    python benchmarks/speed/experts.py --device cuda \\
+        --size full --tokens 4096 16384                # one block of the 30B model
 
 One set of weights serves all four variants (experts frozen or with LoRA; transformers' and PEFT's
 forward, or ours). A step is the block's forward and backward, with a gradient for its input. Peak
 memory is what a step needs above weights and adapter. Both ways are compared with the same block
 in a wider type computed expert by expert (--no-check leaves that out). Prints medians and ranges
-and appends a record a number of tokens to benchmarks/results/experts.jsonl (or --out FILE). Needs
-torch, transformers and peft only; run it from the checkout with PYTHONPATH=. where the package is
-not installed.
+and appends a record a number of tokens to benchmarks/results/experts.jsonl (or --out FILE).
 """
 
 import argparse
 import copy
-import importlib.metadata
-import json
-import os
-import platform
-import statistics
-import subprocess
 import time
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,33 +25,26 @@ from torch import nn
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
-from benchmarks.common import allocated_on_cpu, results_file
+from benchmarks.common import add_record_options, append_record, circumstances
+from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.fast.experts import grouped_experts
+from tests.helpers import allocated_on_cpu, relative_distance
 
-SIZES = {  # full: NVIDIA-Nemotron-3-Nano-30B-A3B
-    "toy": dict(
-        hidden_size=64,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-        moe_shared_expert_intermediate_size=96,
-    ),
-    "middle": dict(
-        hidden_size=256,
-        n_routed_experts=32,
-        num_experts_per_tok=6,
-        moe_intermediate_size=192,
-        moe_shared_expert_intermediate_size=384,
-    ),
-    "full": dict(
-        hidden_size=2688,
-        n_routed_experts=128,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712,
-    ),
+
+def block_size(hidden: int, experts: int, top: int, width: int) -> dict[str, int]:
+    return dict(
+        hidden_size=hidden, n_routed_experts=experts, num_experts_per_tok=top,
+        moe_intermediate_size=width, moe_shared_expert_intermediate_size=2 * width,
+    )
+
+
+SIZES = {
+    "toy": block_size(hidden=64, experts=8, top=2, width=48),
+    "middle": block_size(hidden=256, experts=32, top=6, width=192),
+    "full": block_size(hidden=2688, experts=128, top=6, width=1856),  # Nemotron-3-Nano-30B-A3B
 }
 VARIANTS = ("frozen, transformers", "frozen, ours", "LoRA, PEFT", "LoRA, ours")
+WARMUP = 3  # repetitions that are not timed
 
 
 class Layer(nn.Module):
@@ -72,44 +58,40 @@ class Layer(nn.Module):
         return self.mixer(x)
 
 
-def make(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """The block with random weights made on the device, and LoRA of that rank on both expert
-    weights.
-    """
+def random_layer(size: str, dtype: torch.dtype, device: str) -> Layer:
+    """The block with random weights, made on the device."""
+    attention = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     config = NemotronHConfig(
-        hybrid_override_pattern="E",
-        vocab_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        **SIZES[size],
+        hybrid_override_pattern="E", vocab_size=64, **attention, **SIZES[size]
     )
     config._experts_implementation = "grouped_mm"  # transformers' default
     with torch.device("meta"):
         layer = Layer(config).to(dtype)
     layer.to_empty(device=device)
-    for p in layer.parameters():
-        nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    for b in layer.buffers():
-        b.zero_()
+    for p in layer.parameters(): nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    for b in layer.buffers(): b.zero_()
+    return layer
+
+
+def make_model(size: str, rank: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """The block with LoRA of that rank on both expert weights."""
+    layer = random_layer(size, dtype, device)
     targets = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(
-            layer,
-            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets),
-        )
+        model = get_peft_model(layer, lora)
     for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.2 * rank**-0.5)  # not zero, so that A has a gradient
+        # not zero, so that A has a gradient
+        if "lora_B" in name: nn.init.normal_(p, std=0.2 * rank**-0.5)
     return model.train()
 
 
-def ways(model: nn.Module, variant: str):
+def contexts(model: nn.Module, variant: str) -> tuple:
     """The two contexts of a variant: adapter on or off, whose forward."""
-    return nullcontext() if "LoRA" in variant else model.disable_adapter(), grouped_experts(
-        model
-    ) if "ours" in variant else nullcontext()
+    adapter = nullcontext() if "LoRA" in variant else model.disable_adapter()
+    forward = grouped_experts(model) if "ours" in variant else nullcontext()
+    return adapter, forward
 
 
 def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
@@ -122,10 +104,9 @@ def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tenso
     return found
 
 
-def peak(run, device: str) -> int:
+def peak_bytes(run, device: str) -> int:
     """Bytes that `run` needs at its peak, above what was there before."""
-    if device == "cpu":
-        return allocated_on_cpu(run)
+    if device == "cpu": return allocated_on_cpu(run)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -134,88 +115,88 @@ def peak(run, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def seconds(run, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def seconds_of(run, device: str) -> float:
+    """Seconds of a call, its kernels included."""
+    if device != "cpu": torch.cuda.synchronize()
     began = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    if device != "cpu": torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def errors(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> dict:
-    """Relative errors (norms) of output, input's gradient and LoRA's gradients against the wider
-    type, expert by expert.
-    """
-    wide = copy.deepcopy(model).to(torch.float64 if x.dtype == torch.float32 else torch.float32)
+def exact_step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    """A step in the wider type, expert by expert."""
+    kind = torch.float64 if x.dtype == torch.float32 else torch.float32
+    wide = copy.deepcopy(model).to(kind)
     wide.base_model.model.mixer.config._experts_implementation = "eager"
-    kind = next(wide.parameters()).dtype
-    exact = step(wide, x.to(kind), g.to(kind))
-    del wide
+    return step(wide, x.to(kind), g.to(kind))
+
+
+def errors(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Relative errors of output, input's gradient and LoRA's gradients, of both ways with LoRA."""
+    exact = exact_step(model, x, g)
     found = {}
     for variant in VARIANTS[2:]:
-        adapter, forward = ways(model, variant)
+        adapter, forward = contexts(model, variant)
         with adapter, forward:
             got = step(model, x, g)
         assert len(got) == len(exact) == 2 + 4 and all(t.isfinite().all() for t in got)
-        relative = [((a.to(kind) - b).norm() / b.norm()).item() for a, b in zip(got, exact)]
+        relative = [relative_distance(a.to(b.dtype), b) for a, b in zip(got, exact)]
         found[variant] = dict(output=relative[0], input=relative[1], lora=max(relative[2:]))
     return found
 
 
-def versions() -> dict:
-    return {"python": platform.python_version()} | {
-        p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")
-    }
-
-
-def hardware(device: str) -> dict:
-    gpu = torch.cuda.get_device_properties(0) if device != "cpu" else None
+def variant_result(seconds: list[float], peak: int) -> dict:
+    found = median_and_range(seconds)
     return dict(
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        gpu=gpu and f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB",
+        median_s=found["median"], min_s=found["min"], max_s=found["max"],
+        peak_gib=peak / 2**30, seconds=[round(s, 6) for s in seconds],
     )
 
 
-def commit() -> str:
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True
-        ).stdout.strip()
-
-    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-
-
 def measure(model: nn.Module, x: torch.Tensor, g: torch.Tensor, repeats: int, device: str) -> dict:
-    """Seconds of each repetition and peak bytes, by variant."""
-    taken, most = {v: [] for v in VARIANTS}, {}
-    for repetition in range(-3, repeats):  # the first three warm up
-        order = VARIANTS if repetition % 2 else VARIANTS[::-1]
-        for variant in order:
-            adapter, forward = ways(model, variant)
+    """Seconds of each repetition and peak memory, by variant."""
+    run = partial(step, model, x, g)
+    seconds, peaks = {v: [] for v in VARIANTS}, {}
+    for repetition in range(-WARMUP, repeats):
+        for variant in VARIANTS if repetition % 2 else VARIANTS[::-1]:
+            adapter, forward = contexts(model, variant)
             with adapter, forward:
-                if repetition == -1:
-                    most[variant] = peak(lambda: step(model, x, g), device)
-                else:
-                    spent = seconds(lambda: step(model, x, g), device)
-                    if repetition >= 0:
-                        taken[variant].append(spent)
-    return {
-        v: dict(
-            median_s=statistics.median(t),
-            min_s=min(t),
-            max_s=max(t),
-            peak_gib=most[v] / 2**30,
-            seconds=[round(s, 6) for s in t],
+                if repetition == -1: peaks[variant] = peak_bytes(run, device)
+                else: spent = seconds_of(run, device)
+            if repetition >= 0: seconds[variant].append(spent)
+    return {v: variant_result(seconds[v], peaks[v]) for v in VARIANTS}
+
+
+def print_errors(tokens: str, found: dict[str, dict[str, float]]) -> None:
+    for variant, e in found.items():
+        print(
+            f"{tokens:>7} tokens  {variant:<22} error of output {e['output']:.1e}, "
+            f"of input's gradient {e['input']:.1e}, of LoRA's gradients {e['lora']:.1e}",
+            flush=True,
         )
-        for v, t in taken.items()
-    }
 
 
-def main():
+def print_results(tokens: int, results: dict[str, dict], repeats: int) -> None:
+    for variant, r in results.items():
+        median, low, high = (1e3 * r[key] for key in ("median_s", "min_s", "max_s"))
+        print(
+            f"{tokens:>7} tokens  {variant:<22} "
+            f"median {median:9.2f} ms ({low:.2f} to {high:.2f}, n = {repeats})  "
+            f"peak {r['peak_gib'] * 1024:10.2f} MiB", flush=True,
+        )
+
+
+def check(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> dict[str, dict]:
+    """Number of tokens -> errors; of 4 tokens most experts get none."""
+    found = {}
+    for n in (4, x.shape[1]):
+        found[str(n)] = errors(model, x[:, :n], g[:, :n])
+        print_errors(str(n), found[str(n)])
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="toy")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -224,64 +205,33 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-check", action="store_true")
-    parser.add_argument("--commit", help="where there is no git checkout")
-    parser.add_argument("--out", type=Path, default=results_file(__file__))
-    asked = parser.parse_args()
-    dtype = getattr(torch, asked.dtype or ("float32" if asked.device == "cpu" else "bfloat16"))
+    add_record_options(parser, __file__)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    size, device = SIZES[args.size], args.device
+    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
     torch.manual_seed(0)
-    model = make(asked.size, asked.rank, dtype, asked.device)
-    record = dict(
-        benchmark="experts",
-        size=asked.size,
-        device=asked.device,
-        dtype=str(dtype),
-        rank=asked.rank,
-        n=asked.repeats,
-        seed=0,
-        **SIZES[asked.size],
-        commit=asked.commit or commit() or "unknown",
-        date=time.strftime("%Y-%m-%d"),
-        hardware=hardware(asked.device),
-        versions=versions(),
+    model = make_model(args.size, args.rank, dtype, device)
+    settings = dict(
+        size=args.size, device=device, dtype=str(dtype), rank=args.rank, n=args.repeats, seed=0,
+        threads=torch.get_num_threads(), **size,
     )
+    line = dict(benchmark="experts", **settings, **circumstances(args.commit))
     weight = model.base_model.model.mixer.experts.get_base_layer().up_proj
     print(
-        f"{asked.size}: a weight of {tuple(weight.shape)} is {weight.nbytes / 2**30:.4f} GiB in {dtype}; rank {asked.rank}; {record['hardware']}",
-        flush=True,
+        f"{args.size}: a weight of {tuple(weight.shape)} is {weight.nbytes / 2**30:.4f} GiB "
+        f"in {dtype}; rank {args.rank}; {line['hardware']}", flush=True,
     )
-
-    def data(tokens):
-        return [
-            torch.randn(
-                1, tokens, SIZES[asked.size]["hidden_size"], device=asked.device, dtype=dtype
-            )
-            for _ in range(2)
-        ]
-
-    for tokens in asked.tokens:
-        x, g = data(tokens)
-        checked = (
-            {}
-            if asked.no_check
-            else {str(n): errors(model, *(t[:, :n] for t in (x, g))) for n in (4, tokens)}
-        )  # 4 tokens: most experts get none
-        for n, found in checked.items():
-            for variant, e in found.items():
-                print(
-                    f"{n:>7} tokens  {variant:<22} error of output {e['output']:.1e}, of input's gradient {e['input']:.1e}, of LoRA's gradients {e['lora']:.1e}",
-                    flush=True,
-                )
-        results = measure(model, x, g, asked.repeats, asked.device)
-        for variant, r in results.items():
-            print(
-                f"{tokens:>7} tokens  {variant:<22} median {r['median_s'] * 1e3:9.2f} ms ({r['min_s'] * 1e3:.2f} to {r['max_s'] * 1e3:.2f}, n = {asked.repeats})  "
-                f"peak {r['peak_gib'] * 1024:10.2f} MiB",
-                flush=True,
-            )
-        with open(asked.out, "a") as f:
-            f.write(
-                json.dumps(record | dict(tokens=tokens, errors=checked, results=results)) + "\n"
-            )
+    for tokens in args.tokens:
+        shape = (1, tokens, size["hidden_size"])
+        x, g = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        checked = {} if args.no_check else check(model, x, g)
+        results = measure(model, x, g, args.repeats, device)
+        print_results(tokens, results, args.repeats)
+        append_record(args.out, line | dict(tokens=tokens, errors=checked, results=results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Recall, precision, seconds and peak memory of `check-data TRAIN --against VALIDATION` on a
 training set of MedMCQA's size.
 
-    python benchmarks/speed/leakage.py [REPEATS] [--rows 182822] [--background phrases] [--planted 200]
+    python benchmarks/speed/leakage.py [REPEATS] [--rows 182822]
+        [--background phrases] [--planted 200]
 
 The training set is made up (seeded) against all 4,183 real validation rows in ../shared/data.
 Background `phrases`: the stem of one real training row with the options of another, so that real
@@ -19,16 +20,18 @@ import argparse
 import json
 import os
 import random
-import sys
 import tempfile
 import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from scipy import sparse
 
-from benchmarks.common import record
-from benchmarks.speed.data import REAL, fresh_of, make_rows, peak
+from benchmarks.common import Laps, record
+from benchmarks.speed.data import REAL, make_rows, measure_in_process, peak_resident
 from medmcqa_lora.bench.profile import median_and_range
 from medmcqa_lora.data.leakage import DROPS, describe_overlaps, find_overlaps
 from medmcqa_lora.data.questions import load_questions
@@ -38,163 +41,150 @@ from medmcqa_lora.data.sources import read_file
 FIELDS = ("question", "opa", "opb", "opc", "opd")
 OPTIONS = FIELDS[1:]
 VALIDATION = REAL / "medmcqa_validation.jsonl"
+VALIDATION_ROWS = 4183
+BLOCK = 1000  # training rows that are compared at once
+Row = dict[str, object]
 
 
-def background(path: Path, n: int, kind: str, draw: random.Random) -> list[dict]:
+# The training set.
+
+
+def background(path: Path, n: int, kind: str, draw: random.Random) -> list[Row]:
+    """Rows that copies are planted among."""
     if kind == "words":
         make_rows(path, n, draw.randint(0, 10**6))
-        return [r for _, r in read_file(path)]
-    real, pairs = [r for _, r in read_file(REAL / "medmcqa_train_partial.jsonl")], {}
+        return [row for _, row in read_file(path)]
+    real = [row for _, row in read_file(REAL / "medmcqa_train_partial.jsonl")]
+    pairs = {}
     while len(pairs) < n:
         stem, options = draw.randrange(len(real)), draw.randrange(len(real))
+        texts = {f: real[options][f] for f in OPTIONS}
         pairs[stem, options] = {
-            "question": real[stem]["question"],
-            **{f: real[options][f] for f in OPTIONS},
-            "cop": draw.randint(1, 4),
+            "question": real[stem]["question"], **texts, "cop": draw.randint(1, 4),
         }
     return list(pairs.values())
 
 
-def shuffled(row: dict, draw: random.Random) -> dict:
-    return dict(zip(OPTIONS, draw.sample([row[f] for f in OPTIONS], 4)))
+def row_shingles(row: Row) -> set[str]:
+    options = [row[f] for f in OPTIONS]
+    return shingles(overlap_key(SimpleNamespace(question=row["question"], options=options)))
 
 
-def like(row: dict) -> set[str]:
-    """A row's shingles."""
-    from types import SimpleNamespace
-
-    return shingles(
-        overlap_key(SimpleNamespace(question=row["question"], options=[row[f] for f in OPTIONS]))
-    )
+def exact_copy(row: Row) -> Row:
+    """The row with more white space."""
+    return row | {"question": str(row["question"]).replace(" ", "  ", 1)}
 
 
-def with_words_changed(
-    row: dict, low: float, high: float, words: list[str], draw: random.Random
-) -> dict | None:
+def shuffle_options(row: Row, draw: random.Random) -> Row:
+    """The row's options in another order, without its question; "A" is the answer."""
+    options = draw.sample([row[f] for f in OPTIONS], 4)
+    return dict(zip(OPTIONS, options)) | {"cop": 1}
+
+
+def normalised_copy(row: Row, draw: random.Random) -> Row:
+    """The row in other case, with more punctuation, an invisible character, options shuffled."""
+    copy = shuffle_options(row, draw)
+    change_case = draw.choice([str.upper, str.title])
+    words = change_case(str(row["question"])).replace(" ", ", ", 1)
+    return copy | {"question": f"\u200b{words} ?!"}
+
+
+def same_options(row: Row, draw: random.Random, rows: list[Row]) -> Row:
+    """The row's options under the question of another."""
+    copy = shuffle_options(row, draw)
+    return copy | {"question": draw.choice(rows)["question"]}
+
+
+def similar_copy(
+    row: Row, draw: random.Random, words: list[str], low: float, high: float
+) -> Row | None:
     """The row with one word after the other of its stem replaced, as soon as its similarity is
     in [low, high).
     """
-    stem, own = str(row["question"]).split(), like(row)
+    stem, own = str(row["question"]).split(), row_shingles(row)
     for at in draw.sample(range(len(stem)), len(stem)):
         stem[at] = draw.choice(words)
         changed = row | {"question": " ".join(stem)}
-        if (similarity := jaccard(own, like(changed))) < low:
-            return None
-        if similarity < high:
-            return changed
+        similarity = jaccard(own, row_shingles(changed))
+        if similarity < low: return None
+        if similarity < high: return changed
     return None
 
 
-def plant(rows: list[dict], count: int, draw: random.Random) -> dict[int, str]:
+def plant(rows: list[Row], count: int, draw: random.Random) -> dict[int, str]:
     """Replace rows by copies of validation rows, `count` of each kind; place -> what was planted
     there.
     """
     words = " ".join(r["question"] for r in rows[:5000]).split()
+    similar = partial(similar_copy, draw=draw, words=words)
     make = {
-        "exact": lambda r: r | {"question": str(r["question"]).replace(" ", "  ", 1)},
-        "normalised": lambda r: (
-            shuffled(r, draw)
-            | {
-                "question": "\u200b"
-                + draw.choice([str.upper, str.title])(str(r["question"])).replace(" ", ", ", 1)
-                + " ?!",
-                "cop": 1,
-            }
-        ),
-        "near": lambda r: with_words_changed(r, NEAR, 1.0, words, draw),
-        "near, 0.5 to 0.6": lambda r: with_words_changed(r, NEAR, 0.6, words, draw),
-        "near-miss": lambda r: with_words_changed(r, 0.4, NEAR, words, draw),
-        "options": lambda r: (
-            shuffled(r, draw) | {"question": draw.choice(rows)["question"], "cop": 1}
-        ),
+        "exact": exact_copy,
+        "normalised": partial(normalised_copy, draw=draw),
+        "near": partial(similar, low=NEAR, high=1.0),
+        "near, 0.5 to 0.6": partial(similar, low=NEAR, high=0.6),
+        "near-miss": partial(similar, low=0.4, high=NEAR),
+        "options": partial(same_options, draw=draw, rows=rows),
     }
-    sources, places, planted = (
-        iter(draw.sample([r for _, r in read_file(VALIDATION)], 4183)),
-        draw.sample(range(len(rows)), count * len(make)),
-        {},
-    )
-    for kind, one in make.items():
-        done = 0
-        while done < count:
-            if copy := one(next(sources)):
-                at = places.pop()
-                rows[at], planted[at], done = {f: copy[f] for f in (*FIELDS, "cop")}, kind, done + 1
+    sources = iter(draw.sample([row for _, row in read_file(VALIDATION)], VALIDATION_ROWS))
+    places = draw.sample(range(len(rows)), count * len(make))
+    planted = {}
+    for kind, make_copy in make.items():
+        for _ in range(count):
+            copy = None
+            while copy is None: copy = make_copy(next(sources))
+            place = places.pop()
+            rows[place] = {f: copy[f] for f in (*FIELDS, "cop")}
+            planted[place] = kind
     return planted
 
 
-def near_by_hand(training: list, evaluation: list) -> set[int]:
+# What should be found.
+
+
+def membership(sets: list[set[str]], columns: dict[str, int]) -> sparse.csr_matrix:
+    """(sets, columns): 1 where a set has a column's shingle."""
+    places = [[columns[x] for x in s if x in columns] for s in sets]
+    ends = np.cumsum([0, *map(len, places)])
+    indices = np.concatenate([np.array(p, np.int32) for p in places])
+    ones = np.ones(ends[-1], np.int32)
+    return sparse.csr_matrix((ones, indices, ends), shape=(len(sets), len(columns)))
+
+
+def compare_all_pairs(training: list, evaluation: list) -> set[int]:
     """Training rows with a similarity of at least NEAR to any evaluation row, from all pairs."""
-    known: dict[str, int] = {}
     held = [shingles(overlap_key(q)) for q in evaluation]
-    for s in held:
-        for x in s:
-            known.setdefault(x, len(known))
-
-    def matrix(sets):
-        places = [[known[x] for x in s if x in known] for s in sets]
-        ends = np.cumsum([0, *map(len, places)])
-        return sparse.csr_matrix(
-            (
-                np.ones(ends[-1], np.int32),
-                np.concatenate([np.array(p, np.int32) for p in places]),
-                ends,
-            ),
-            shape=(len(sets), len(known)),
-        )
-
-    columns, sizes, found = matrix(held).T.tocsr(), np.array([*map(len, held)]), set()
-    for at in range(0, len(training), 1000):
-        sets = [shingles(overlap_key(q)) for q in training[at : at + 1000]]
-        both = (matrix(sets) @ columns).tocoo()
-        similarity = both.data / (
-            np.array([*map(len, sets)])[both.row] + sizes[both.col] - both.data
-        )
-        found |= {at + int(i) for i in both.row[similarity >= NEAR]}
+    columns = {x: i for i, x in enumerate(dict.fromkeys(x for s in held for x in s))}
+    evaluation_matrix = membership(held, columns).T.tocsr()
+    evaluation_sizes = np.array([len(s) for s in held])
+    found = set()
+    for start in range(0, len(training), BLOCK):
+        sets = [shingles(overlap_key(q)) for q in training[start : start + BLOCK]]
+        sizes = np.array([len(s) for s in sets])
+        both = (membership(sets, columns) @ evaluation_matrix).tocoo()
+        union = sizes[both.row] + evaluation_sizes[both.col] - both.data
+        near = both.row[both.data / union >= NEAR]
+        found |= {start + int(i) for i in near}
     return found
 
 
-def measure(path: str) -> dict:
-    """Seconds, peak memory and what was found, in this process."""
-    taken, at, cpu, libraries = {}, time.perf_counter(), time.process_time(), peak()
-
-    def lap(name):
-        nonlocal at
-        taken[name], at = time.perf_counter() - at, time.perf_counter()
-
-    training, evaluation = load_questions(path).questions, load_questions(str(VALIDATION)).questions
-    lap("read and check, s")
-    found = find_overlaps(training, evaluation)
-    describe_overlaps(found, "validation")
-    lap("find overlaps, s")
-    return {
-        "taken": taken
-        | {
-            "all, s": sum(taken.values()),
-            "of which on the processor, s": time.process_time() - cpu,
-            "peak, GB": peak(),
-            "of which libraries, GB": libraries,
-        },
-        "found": {i: o.kind for i, o in found.training.items()},
-    }
+def share_found(kind: str, planted: dict[int, str], found: dict[int, str]) -> tuple[str, float]:
+    """Of the copies of a kind: what is counted, and the share of them."""
+    if kind == "near-miss":
+        what, accepted = "planted near-misses taken for near or closer, share", DROPS["near"]
+    else:
+        what, accepted = f"planted {kind}, found, share", [kind.split(",")[0]]
+        if kind == "options": accepted.append("near")
+    places = [i for i, k in planted.items() if k == kind]
+    return what, sum(found.get(i) in accepted for i in places) / len(places)
 
 
 def quality(path: str, planted: dict[int, str], found: dict[int, str]) -> dict[str, float]:
     """Recall of what was planted, by kind; recall and precision of near against all pairs."""
-    results = {}
-    for kind in dict.fromkeys(planted.values()):
-        places = [i for i, k in planted.items() if k == kind]
-        if kind == "near-miss":
-            results["planted near-misses taken for near or closer, share"] = sum(
-                found.get(i) in DROPS["near"] for i in places
-            ) / len(places)
-        else:
-            results[f"planted {kind}, found, share"] = sum(
-                found.get(i) in (kind.split(",")[0], *(["near"] * (kind == "options")))
-                for i in places
-            ) / len(places)
-    truth = near_by_hand(load_questions(path).questions, load_questions(str(VALIDATION)).questions)
+    shares = dict(share_found(kind, planted, found) for kind in dict.fromkeys(planted.values()))
+    training, evaluation = load_questions(path), load_questions(str(VALIDATION))
+    truth = compare_all_pairs(training.questions, evaluation.questions)
     near = {i for i, kind in found.items() if kind in DROPS["near"]}
-    return results | {
+    return shares | {
         "rows with similarity of 0.5 or more, all pairs": len(truth),
         "of these found (recall)": len(near & truth) / len(truth),
         "of found, these (precision)": len(near & truth) / len(near),
@@ -202,41 +192,64 @@ def quality(path: str, planted: dict[int, str], found: dict[int, str]) -> dict[s
     }
 
 
-if __name__ == "__main__":
+# What is measured.
+
+
+def measure(path: str) -> dict:
+    """Seconds, peak memory and what was found, in this process."""
+    laps, libraries = Laps(), peak_resident()
+    processor = time.process_time()
+    training, evaluation = load_questions(path).questions, load_questions(str(VALIDATION)).questions
+    laps.end("read and check, s")
+    found = find_overlaps(training, evaluation)
+    describe_overlaps(found, "validation")
+    laps.end("find overlaps, s")
+    taken = laps.seconds | {
+        "all, s": sum(laps.seconds.values()),
+        "of which on the processor, s": time.process_time() - processor,
+        "peak, GB": peak_resident(),
+        "of which libraries, GB": libraries,
+    }
+    return dict(taken=taken, found={i: o.kind for i, o in found.training.items()})
+
+
+def compare(args, folder: Path) -> tuple[dict, dict]:
+    """Settings, and results with their ranges."""
+    draw, path = random.Random(0), folder / "rows.jsonl"
+    rows = background(path, args.rows, args.background, draw)
+    planted = plant(rows, args.planted, draw)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    settings = dict(
+        rows=args.rows, evaluation_rows=VALIDATION_ROWS, background=args.background,
+        planted_of_each_kind=args.planted, cores=len(os.sched_getaffinity(0)),
+        load_before=round(os.getloadavg()[0], 1),
+        note="one process on one core; the two cores were shared with other jobs",
+    )
+    figures = defaultdict(list)
+    for _ in range(args.repeats):
+        one = measure_in_process(__file__, str(path))
+        for name, value in one["taken"].items(): figures[name].append(value)
+    found = {int(i): kind for i, kind in one["found"].items()}
+    for name, value in quality(str(path), planted, found).items(): figures[name].append(value)
+    return settings, {name: median_and_range(values) for name, values in figures.items()}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("repeats", nargs="?", type=int, default=3)
     parser.add_argument("--rows", type=int, default=182_822)
     parser.add_argument("--background", choices=("phrases", "words"), default="phrases")
     parser.add_argument("--planted", type=int, default=200)
     parser.add_argument("--measure")
-    asked = parser.parse_args()
-    if asked.measure:
-        print(json.dumps(measure(asked.measure)))
-        sys.exit()
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure)))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        draw, path, times = random.Random(0), Path(folder) / "rows.jsonl", {}
-        rows = background(path, asked.rows, asked.background, draw)
-        planted = plant(rows, asked.planted, draw)
-        path.write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-        )
-        load = os.getloadavg()[0]
-        for _ in range(asked.repeats):
-            one = fresh_of(__file__, str(path))
-            for name, value in one["taken"].items():
-                times.setdefault(name, []).append(value)
-        found = {int(i): kind for i, kind in one["found"].items()}
-        results = {name: median_and_range(values) for name, values in times.items()} | {
-            name: median_and_range([value])
-            for name, value in quality(str(path), planted, found).items()
-        }
-        settings = dict(
-            rows=asked.rows,
-            evaluation_rows=4183,
-            background=asked.background,
-            planted_of_each_kind=asked.planted,
-            cores=len(os.sched_getaffinity(0)),
-            load_before=round(load, 1),
-            note="one process on one core; the two cores were shared with other jobs",
-        )
-        record("leakage", settings, results)
+        settings, results = compare(args, Path(folder))
+    record("leakage", settings, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Start-up seconds: `medmcqa-lora --help` and `import medmcqa_lora` beside an empty Python.
 
-    .venv/bin/python benchmarks/speed/startup.py [REPEATS]
+    python benchmarks/speed/startup.py [REPEATS]
 
 Targets: --help below 1 s, import below 0.3 s.
 """
@@ -19,10 +19,14 @@ COMMANDS = {
     "medmcqa-lora --help": [str(Path(sys.executable).parent / "medmcqa-lora"), "--help"],
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-    taken = alternate(
-        {name: partial(timed, partial(run, command)) for name, command in COMMANDS.items()}, repeats
-    )
+    quietly = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+    runs = {name: partial(timed, partial(quietly, words)) for name, words in COMMANDS.items()}
+    taken = alternate(runs, repeats)
     record("startup", {}, {name: median_and_range(t) for name, t in taken.items()})
+
+
+if __name__ == "__main__":
+    main()

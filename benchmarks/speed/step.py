@@ -1,7 +1,7 @@
 """Seconds of a training step: ours (metrics, progress, checkpoints' bookkeeping) beside TRL's own
 SFTTrainer.
 
-    .venv/bin/python benchmarks/speed/step.py [RECIPE] [PAIRS] [STEPS]
+    python benchmarks/speed/step.py [RECIPE] [PAIRS] [STEPS]
 
 Same model, rows, order and batch; a pair is STEPS steps of each, timed from the end of the first
 to the end of the last. Target: the median of the pairs' ratios at most 1.05.
@@ -28,71 +28,61 @@ from medmcqa_lora.model.resolve import load_tokenizer
 from medmcqa_lora.training.trainer import make_trainer
 
 
-class Clock(TrainerCallback):
+class StepEnds(TrainerCallback):
+    """When steps ended."""
+
     def __init__(self):
-        self.ends = []
+        self.times = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
 
-def plain_trainer(model, tokenizer, encoded, recipe, run):
+def plain_trainer(model, tokenizer, encoded, recipe, run: Path) -> SFTTrainer:
     """What a script would write: TRL's trainer on the same tokens, with the same optimisation
     and no progress bar.
     """
     args = SFTConfig(
-        output_dir=str(run),
+        output_dir=str(run), max_steps=recipe.max_steps, seed=recipe.seed, data_seed=recipe.seed,
         per_device_train_batch_size=recipe.per_device_train_batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler_type,
-        max_steps=recipe.max_steps,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.lr_scheduler_type,
+        bf16=False, use_cpu=True, gradient_checkpointing=False,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=encoded.rows, processing_class=tokenizer
-    )
+    data = dict(train_dataset=encoded.rows, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=args, **data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def seconds(make, model, tokenizer, encoded, recipe) -> float:
-    clock = Clock()
+def seconds_per_step(make, model, tokenizer, encoded, recipe) -> float:
+    """Of a trainer's run, from the end of its first step."""
+    ends = StepEnds()
     with tempfile.TemporaryDirectory() as run:
         trainer = make(model, tokenizer, encoded, recipe, Path(run))
-        trainer.add_callback(clock)
+        trainer.add_callback(ends)
         trainer.train()
-    return (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)
+    return (ends.times[-1] - ends.times[0]) / (len(ends.times) - 1)
 
 
-if __name__ == "__main__":
-    name, pairs, steps = [*sys.argv[1:4], *["toy", "20", "11"][len(sys.argv) - 1 :]]
-    recipe = load_recipe(name, {"max_steps": str(steps), "save_steps": "1000"})
+def main() -> None:
+    defaults = ["toy", "20", "11"]
+    given = sys.argv[1:4]
+    name, pairs, steps = [*given, *defaults[len(given) :]]
+    recipe = load_recipe(name, {"max_steps": steps, "save_steps": "1000"})
     tokenizer = load_tokenizer(recipe)
     encoded = encode_questions(load_questions("sample", "train").questions, tokenizer, recipe)
     model = apply_fast_parts(attach_lora(load_model(recipe), recipe), recipe)
-    taken = alternate(
-        {
-            "ours": partial(seconds, make_trainer, model, tokenizer, encoded, recipe),
-            "bare TRL": partial(seconds, plain_trainer, model, tokenizer, encoded, recipe),
-        },
-        int(pairs),
-    )
+    trainers = {"ours": make_trainer, "bare TRL": plain_trainer}
+    shared = (model, tokenizer, encoded, recipe)
+    runs = {way: partial(seconds_per_step, make, *shared) for way, make in trainers.items()}
+    taken = alternate(runs, int(pairs))
     ratios = [a / b for a, b in zip(taken["ours"], taken["bare TRL"])]
-    record(
-        "step",
-        dict(recipe=name, steps=int(steps), seed=recipe.seed),
-        {
-            **{f"{k}, s a step": median_and_range(t) for k, t in taken.items()},
-            "ratio ours / bare TRL": median_and_range(ratios),
-        },
-    )
+    settings = dict(recipe=name, steps=int(steps), seed=recipe.seed)
+    results = {f"{way}, s a step": median_and_range(t) for way, t in taken.items()}
+    record("step", settings, results | {"ratio ours / bare TRL": median_and_range(ratios)})
+
+
+if __name__ == "__main__":
+    main()
