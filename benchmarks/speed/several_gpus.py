@@ -119,8 +119,8 @@ def count_parameters(model, recipe: Recipe) -> tuple[int, int]:
 def use_ddp_hooks(trainer) -> None:
     """Let DistributedDataParallel's hooks add up gradients, which can't be recorded."""
     step = trainer.training_step
-    step.apart = False
-    step.why = "DistributedDataParallel's hooks"
+    step.has_replicas = False
+    step.not_recordable = "DistributedDataParallel's hooks"
 
 
 def timed_trainer(tuned, tokenizer, steps: Steps, recipe: Recipe, run: Path, packed: bool):

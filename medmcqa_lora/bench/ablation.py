@@ -27,7 +27,7 @@ from ..fast.experts import is_grouped, undo_grouped_experts
 from ..fast.mamba import has_own_scan
 from ..fast.packing import can_use_varlen, row_multiple
 from ..training import step, trainer
-from ..training.step import POSITIONS
+from ..training.step import POSITION_MULTIPLE
 from ..training.trainer import can_record
 from .variants import Workload, failure_text
 from .measure import Prepared, bench_training
@@ -88,9 +88,9 @@ def without_reserved_columns(model: nn.Module):
 # %% ../../nbs/8_bench/ablation.ipynb #46dff8f8
 def every_position(labels: Tensor # (1, T), -100 where a token is not supervised
                   ) -> tuple[Tensor, Tensor]: # (K,) positions, (K,) targets; K a multiple of 64
-    "All of a row's positions, in `supervised`'s form."
+    "All of a row's positions, in `supervised_positions`'s form."
     n = labels.shape[1] - 1
-    padding = (0, -n % POSITIONS)
+    padding = (0, -n % POSITION_MULTIPLE)
     positions = nn.functional.pad(torch.arange(n, device=labels.device), padding)
     return positions, nn.functional.pad(labels[0, 1:], padding, value=-100)
 
@@ -165,7 +165,7 @@ LEVERS = {
         lambda model: forwards_removed(model, undo_blocks)),
     "scan": Lever(
         "mamba_ssm's scan and causal_conv1d; so no whole Mamba blocks either", no_scan,
-        lambda model: attribute_replaced(mamba, "LONGEST", 0)),
+        lambda model: attribute_replaced(mamba, "LONGEST_SCAN", 0)),
     "room": Lever(
         "LoRA beside in_proj as products of its own", no_reserved_columns,
         without_reserved_columns),
@@ -174,7 +174,7 @@ LEVERS = {
         lambda model: attribute_replaced(packing, "ROW_MULTIPLE", 1)),
     "positions": Lever(
         "logits at every position", no_own_step,
-        lambda model: attribute_replaced(step, "supervised", every_position)),
+        lambda model: attribute_replaced(step, "supervised_positions", every_position)),
     "step": Lever(
         "TRL's step and its loss in chunks; so nothing recorded or filled up either", no_own_step,
         lambda model: attribute_replaced(trainer, "can_use_head_loss", never)),

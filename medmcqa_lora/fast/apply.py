@@ -17,7 +17,7 @@ from .blocks import speed_up, to_float8
 from .experts import is_grouped
 from .float8 import float8_weights, has_float8_product
 from .layers import is_fused
-from .mamba import LONGEST, can_scan, has_own_scan
+from .mamba import LONGEST_SCAN, can_scan, has_own_scan
 from .operations import use_triton
 from .packing import isolate_examples, sees_borders
 from ..model.load import describe_loading_error
@@ -86,7 +86,7 @@ def describe_scan(model: nn.Module, recipe: Recipe) -> str: # a line
     text, missing = "Mamba scan and convolution: ", missing_packages(recipe)
     isolated = [m for m in model.modules() if getattr(m, "use_mamba_ssm", False)]
     if use_triton(next(model.parameters())) and any(map(can_scan, isolated)):
-        text += (f"this package's kernels for rows of examples of up to {LONGEST:,} tokens; "
+        text += (f"this package's kernels for rows of examples of up to {LONGEST_SCAN:,} tokens; "
                  "for longer ones ")
     if missing == ["a GPU"]: return text + "PyTorch's own code, slow: no GPU here"
     if not missing: return text + "fused kernels of mamba_ssm and causal_conv1d"

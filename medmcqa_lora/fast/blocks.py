@@ -7,7 +7,7 @@ __all__ = ['all_frozen', 'same_type', 'has_own_forward', 'can_skip_calls', 'Mixt
            'mixture_parts', 'dispatch_rows', 'activate', 'activate_grad', 'SavedMixture', 'mixture_forward',
            'MixtureFunction', 'Mamba', 'mamba_parts', 'SavedMamba', 'MambaFunction', 'NormedLayers', 'attention_layers',
            'attention_block', 'mixture_block', 'mamba_block', 'block_forward', 'reserve_lora_columns', 'speed_up',
-           'wide_weights', 'to_float8', 'in_float8']
+           'float8_candidates', 'to_float8', 'in_float8']
 
 # %% ../../nbs/3_fast/blocks.ipynb #85a8eb2f
 from contextlib import contextmanager
@@ -433,7 +433,7 @@ def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
         if block.block_type == "linear_attention": reserve_lora_columns(block.mixer.in_proj)
 
 # %% ../../nbs/3_fast/blocks.ipynb #b452d2b8
-def wide_weights(model: nn.Module # a transformers or PEFT model
+def float8_candidates(model: nn.Module # a transformers or PEFT model
                 ) -> list[tuple[nn.Module, str]]: # modules, and their parameters' names
     "Matrices that can become 8 bits wide."
     inside = [m for n, m in model.named_modules() if ".layers." in n and "lora_" not in n]
@@ -450,12 +450,12 @@ def wide_weights(model: nn.Module # a transformers or PEFT model
 def to_float8(model: nn.Module # whose weights are frozen; changed in place
              ) -> None:
     "Make a model's frozen matrices 8 bits wide, and give their memory back one by one."
-    for module, name in wide_weights(model): quantise_weight(module, name)
+    for module, name in float8_candidates(model): quantise_weight(module, name)
 
 @contextmanager
 def in_float8(model: nn.Module): # as `to_float8` takes it
     "Frozen matrices 8 bits wide inside a `with` block."
-    before = [(m, n, quantise_weight(m, n)) for m, n in wide_weights(model)]
+    before = [(m, n, quantise_weight(m, n)) for m, n in float8_candidates(model)]
     try: yield model
     finally:
         for module, name, weight in before: restore_weight(module, name, weight)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from ..core.files import write_json
 from ..core.recipe import Recipe
 from ..data.tokens import Encoded
-from .step import whole
+from .step import gather_parameter
 from .checkpoints import list_checkpoints
 
 # %% ../../nbs/4_training/bad_steps.ipynb #77d2d299
@@ -171,7 +171,7 @@ class BadStepDetector:
     def clip(self, parameters, max_norm: float, norm_type=2) -> Tensor: # the norm, ()
         "Clip the gradients, and check the step."
         norm = self.clip_gradients(parameters, max_norm, norm_type)
-        self.check_step(whole(norm))
+        self.check_step(gather_parameter(norm))
         return norm
 
 # %% ../../nbs/4_training/bad_steps.ipynb #b7be17ad

@@ -23,7 +23,7 @@ from ..fast.packing import PADDED_ROWS, packing_collator, row_multiple
 from .memory.fit import describe_memory_error
 from .step import RowCollator, can_use_head_loss, use_head_loss, use_step
 from medmcqa_lora.training.sharding import (
-    fsdp_settings, is_sharded, keep_types, shard, whole_adapter,
+    fsdp_settings, is_sharded, keep_parameter_types, set_up_sharding, gather_adapter,
 )
 from medmcqa_lora.training.checkpoints import (
     Checkpointer, check_best, check_run_space, open_checkpoint, rows_fingerprint,
@@ -93,7 +93,7 @@ def fit_to_machine(
 ) -> None:
     "Set what TRL takes no argument for; raises `ValueError` where one process has to shard."
     arguments.restore_callback_states_from_checkpoint = True  # how long early stopping has waited
-    keep_types(arguments)
+    keep_parameter_types(arguments)
     # in a notebook on a host with several GPUs transformers would split batches, and rows can't be
     if arguments.n_gpu > 1: arguments._n_gpu = 1
     # several processes get "cpu:0", to which a checkpoint's optimizer can't be loaded
@@ -193,7 +193,7 @@ def make_trainer(
     def no_card(*args, **kwargs): return None  # TRL's, beside every checkpoint, names no model
     trainer.create_model_card = no_card
     if packed: pack_training(trainer, recipe)
-    shard(trainer)
+    set_up_sharding(trainer)
     bad_steps.attach(trainer)
     if "tensorboard" in recipe.report_to and trainer.is_world_process_zero():
         trainer.add_callback(tensorboard_writer(run))
@@ -262,5 +262,5 @@ def run_training(
             with stop_on_interrupt(trainer): trainer.train(resume_from_checkpoint=path)
     trainer.model.eval()
     # all processes gather it; only rank 0 writes it
-    trainer.adapter = whole_adapter(trainer.model) if is_sharded(trainer) else None
+    trainer.adapter = gather_adapter(trainer.model) if is_sharded(trainer) else None
     return summarize_run(trainer, run)

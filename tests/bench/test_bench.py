@@ -331,7 +331,7 @@ def first_rows(prepared) -> list[dict]:
 
 FUNCTIONS = (  # what levers replace outside of the model
     (trainer, "can_record"), (trainer, "can_use_head_loss"), (trainer, "row_multiple"),
-    (step, "supervised"), (mamba, "LONGEST"),
+    (step, "supervised_positions"), (mamba, "LONGEST_SCAN"),
     (packing, "ROW_MULTIPLE"), (packing, "can_use_varlen"), (operations, "use_triton"),
 )
 CUDA, CAN_USE_VARLEN = torch.device("cuda"), packing.can_use_varlen
@@ -361,7 +361,7 @@ def triton_is_gone(s) -> bool:
 
 
 def scan_is_gone(s) -> bool:
-    return not mamba.has_own_scan(s.recipe) and mamba.LONGEST == 0
+    return not mamba.has_own_scan(s.recipe) and mamba.LONGEST_SCAN == 0
 
 
 def filled_is_gone(s) -> bool:
@@ -372,7 +372,8 @@ def positions_are_gone(s) -> bool:
     """The last token of each example is supervised, and no other is computed."""
     targets = step.RowCollator()(first_rows(s))["targets"]
     none_supervised = torch.full((1, 257), -100)
-    return int((targets >= 0).sum()) == 3 and len(step.supervised(none_supervised)[0]) == 256
+    places = step.supervised_positions(none_supervised)[0]
+    return int((targets >= 0).sum()) == 3 and len(places) == 256
 
 
 def attention_is_gone(s) -> bool:
@@ -384,7 +385,8 @@ def nothing_is_gone(s) -> bool:
     """With all levers in place, on a machine that says it has a GPU."""
     in_model = fused_modules(s) and any(map(is_grouped, s.model.modules())) and has_spare_columns(s)
     head_loss = trainer.can_use_head_loss(s.model.get_base_model())
-    return bool(in_model and head_loss and packing.row_multiple(CUDA) > 1 and mamba.LONGEST > 0)
+    in_rows = packing.row_multiple(CUDA) > 1 and mamba.LONGEST_SCAN > 0
+    return bool(in_model and head_loss and in_rows)
 
 
 GONE = {  # lever -> whether it is, of a prepared model and its base

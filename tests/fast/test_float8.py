@@ -13,16 +13,16 @@ from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.fast import experts, float8
 from medmcqa_lora.fast.apply import apply_fast_parts, describe_kernels
-from medmcqa_lora.fast.blocks import in_float8, wide_weights
+from medmcqa_lora.fast.blocks import float8_candidates, in_float8
 from medmcqa_lora.fast.experts import expert_product
 from medmcqa_lora.fast.float8 import (
     Weight8,
     dequantise,
+    float8_weights,
     frozen_matmul,
     quantise,
     quantise_matrix,
     weight_of,
-    float8_weights,
 )
 from medmcqa_lora.model.adapter import load_adapter, save_adapter
 from medmcqa_lora.model.load import check_backend, load_model
@@ -106,7 +106,7 @@ def test_a_saved_adapter_gives_the_same_logits(tmp_path):
 def test_which_matrices_become_8_bits_wide():
     chosen = recipe(quantization="fp8")
     model = load_fast(chosen)
-    assert not wide_weights(model)
+    assert not float8_candidates(model)
     assert isinstance(weight_of(model.model.layers[1].mixer.experts, "up_proj"), Weight8)
     kept = ("embed", "lm_head", "gate.weight", "norm", "conv1d", "A_log")
     for name, p in model.named_parameters():

@@ -20,7 +20,13 @@ from conftest import ALL, ROOT, processes_with
 from helpers import COMMAND, start
 
 from medmcqa_lora.core.files import append_line, write_json
-from medmcqa_lora.core.progress import HEARTBEAT, PROGRESS_LINE, end_elsewhere, process_identity, write_heartbeat
+from medmcqa_lora.core.progress import (
+    HEARTBEAT,
+    PROGRESS_LINE,
+    end_elsewhere,
+    process_identity,
+    write_heartbeat,
+)
 from medmcqa_lora.core.recipe_files import load_recipe
 from medmcqa_lora.launch import status
 from medmcqa_lora.launch.launcher import launch_train

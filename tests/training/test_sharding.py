@@ -161,7 +161,7 @@ def trained(recipe, run: Path, hooks: bool = False):
     model = apply_fast_parts(attach_lora(base, recipe), recipe)
     made = make_trainer(model, tokenizer, rows, recipe, run, held_out, packed)
     if hooks:
-        made.training_step.apart = False
+        made.training_step.has_replicas = False
     run_training(made, run)
     torch.distributed.barrier()
     made.logged = [m["loss"] for m in read_lines(run / "metrics.jsonl")]
@@ -203,7 +203,7 @@ def check_replicas(folder: Path) -> None:
     """Our averaged gradient buffer gives what DDP's hooks give, and replicas stay the same."""
     recipe = short(folder, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     by_buffer, by_hooks = (trained(recipe, folder / f"hooks{h}", h) for h in (False, True))
-    assert by_buffer.training_step.apart and by_buffer.training_step.gradients.buffer.any()
+    assert by_buffer.training_step.has_replicas and by_buffer.training_step.gradients.buffer.any()
     assert by_hooks.training_step.gradients is None
     assert by_buffer.logged == pytest.approx(by_hooks.logged, rel=1e-6) and by_buffer.logged
 

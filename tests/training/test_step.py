@@ -23,7 +23,7 @@ from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.data.leakage import load_pair
 from medmcqa_lora.data.tokens import encode_questions
 from medmcqa_lora.fast.apply import apply_fast_parts
-from medmcqa_lora.fast.mamba import LONGEST
+from medmcqa_lora.fast.mamba import LONGEST_SCAN
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import TOY, load_tokenizer
@@ -147,7 +147,8 @@ def trainer_around(chosen: Recipe, folder: Path):
 def trainer(tmp_path):
     made = trainer_around(recipe(max_steps=1), tmp_path)
     assert isinstance(made.training_step, Step)
-    assert made.training_step.why == ("" if torch.cuda.is_available() else "not asked for")
+    reason = "" if torch.cuda.is_available() else "not asked for"
+    assert made.training_step.not_recordable == reason
     return made
 
 
@@ -321,7 +322,7 @@ def replaying(trainer, monkeypatch):
             self.loss.copy_(self.run(self.inputs))
 
     monkeypatch.setattr(step_module, "Recording", Replay)
-    trainer.training_step.why = ""
+    trainer.training_step.not_recordable = ""
     return trainer, made
 
 
@@ -394,7 +395,7 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly(replaying, monkeypatch, cap
     monkeypatch.setattr(step_module, "Recording", fails(refused))
     same(by_step(trainer, [ROWS[0]]), eager(ROWS[0]))
     said = "step: can't be recorded: operation not permitted when stream is capturing\n"
-    assert capsys.readouterr().out == said and trainer.training_step.why
+    assert capsys.readouterr().out == said and trainer.training_step.not_recordable
 
 
 class Logged(TrainerCallback):
@@ -528,18 +529,18 @@ def test_logged_numbers_are_trls_with_two_processes(tmp_path):
 def recording(tmp_path):
     """The package's trainer around the toy in bfloat16, whose step records."""
     made = trainer_around(recipe(max_steps=1, dtype="bfloat16"), tmp_path)
-    assert made.training_step.why == ""
+    assert made.training_step.not_recordable == ""
     made.model = made.accelerator.prepare(made.model)  # autocast, as train does it
     return made
 
 
 def eagerly(trainer, rows: list[list[dict]]) -> tuple[float, dict]:
     """The same step, not recorded."""
-    trainer.training_step.why = "not now"
+    trainer.training_step.not_recordable = "not now"
     try:
         return by_step(trainer, rows, 256)
     finally:
-        trainer.training_step.why = ""
+        trainer.training_step.not_recordable = ""
 
 
 SHAPES_LENGTHS = [40, 17, 90], [300], [5, 9, 33, 250]
@@ -556,7 +557,7 @@ def test_a_recorded_step_is_the_eager_one(recording):
     first, second, third = SHAPES
     for rows in ([first[0]], [first[1]], [second[0]], [second[1], second[2]], third):
         (found, got), (wanted, want) = by_step(recording, rows, 256), eagerly(recording, rows)
-        assert recording.training_step.why == ""
+        assert recording.training_step.not_recordable == ""
         assert found == wanted and got.keys() == want.keys()
         assert [n for n in want if not torch.equal(got[n], want[n])] == []
     assert len(recording.training_step.recorded) == 3
@@ -608,8 +609,8 @@ def test_a_recorded_step_waits_for_nothing(recording):
 
 @needs_gpu
 def test_long_documents_go_to_mamba_ssm(monkeypatch):
-    """A document of up to LONGEST tokens is scanned by this package, one token more by mamba_ssm;
-    the loss is eager float32's."""
+    """This package scans a document of up to LONGEST_SCAN tokens, mamba_ssm one token more.
+    The loss is eager float32's."""
     from medmcqa_lora.core.environment import missing_kernels
     from medmcqa_lora.fast import blocks, mamba
 
@@ -627,7 +628,7 @@ def test_long_documents_go_to_mamba_ssm(monkeypatch):
     monkeypatch.setattr(
         mamba, "mamba_ssm_forward", counted("mamba_ssm", mamba.mamba_ssm_forward))
     model = ours()
-    for length, expected in ((LONGEST, ["own"] * 2), (LONGEST + 1, ["mamba_ssm"] * 2)):
+    for length, expected in ((LONGEST_SCAN, ["own"] * 2), (LONGEST_SCAN + 1, ["mamba_ssm"] * 2)):
         rows = examples([30, length, 1])
         calls.clear()
         loss = model(**inputs(RowCollator(256)(rows), supervised_in(rows))).loss.item()

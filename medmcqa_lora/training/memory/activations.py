@@ -95,7 +95,7 @@ def block_temporary(c, # the model's configuration
     return copies * max(queries, c.intermediate_size)
 
 # %% ../../../nbs/4_training/memory/activations.ipynb #f47189fb
-LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE` and `step.LOGITS`
+LOSS_CHUNK = 256  # positions, TRL's `_CHUNKED_LM_HEAD_CHUNK_SIZE` and `step.CHUNK_POSITIONS`
 
 def loss_bytes(c, # the model's configuration
                p: Pass) -> int: # of the largest chunk

@@ -11,7 +11,7 @@ __all__ = ['UP', 'DOWN', 'UNEXPLAINED', 'Pass', 'lora_kept', 'head_size', 'atten
 # %% ../../../nbs/4_training/memory/blocks.ipynb #66aaeb2e
 import math
 from dataclasses import dataclass, replace
-from ...fast.mamba import LONGEST
+from ...fast.mamba import LONGEST_SCAN
 
 # %% ../../../nbs/4_training/memory/blocks.ipynb #8c8edfa9
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def own_scan(c, # the model's configuration
     "Whether Mamba blocks run by the package's own kernels."
     sizes = (c.mamba_head_dim, c.ssm_state_size)
     fits = all(n in (16, 32, 64, 128) for n in sizes) and c.conv_kernel == 4
-    return p.whole and p.fused and fits and (p.longest or p.length) <= LONGEST
+    return p.whole and p.fused and fits and (p.longest or p.length) <= LONGEST_SCAN
 
 # %% ../../../nbs/4_training/memory/blocks.ipynb #dfd25982
 def torch_scan_kept(c, # the model's configuration
