@@ -258,7 +258,8 @@ class Step:
         self.gradients = None  # a `GradientBuffer`, made when it is first needed
         self.pool = torch.cuda.graph_pool_handle() if record else None  # memory of all recordings
         several = trainer.accelerator.num_processes > 1
-        self.has_replicas = several and not trainer.args.fsdp_plugin_args  # a replica in each process
+        # a replica in each process
+        self.has_replicas = several and not trainer.args.fsdp_plugin_args
         self.stream = None  # for DDP and recordings; none: the current one
         if record and self.has_replicas: self.stream = torch.cuda.Stream()
 
