@@ -81,7 +81,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=T
                   invoke_without_command=True, pretty_exceptions_enable=False, help=ABOUT)
 
 Debug = Annotated[bool, Option(
-    "--debug", help="Show the traceback of an error; works behind a command, too.")]
+    "--debug", help="Show the traceback of an error; works after a command, too.")]
 Version = Annotated[bool, Option("--version", help="Print the version and end.")]
 
 @app.callback()
@@ -484,7 +484,7 @@ def begin_demo(settings: Recipe,
     check_folder(folder, resume)
     file = folder / "demo.json"
     if resume and not file.exists():
-        raise ValueError(f"--out {folder}: holds no demo to go on with; name its folder")
+        raise ValueError(f"--out {folder}: holds no demo to resume; name its folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists(): write_json(file, vars(settings))
     lock_folder(file, patience=3)

@@ -91,7 +91,7 @@ def limits(recipe: dict, env: dict, # of the run
         "Chance: the intervals are of the questions alone. This is one training run "
         f"(seed {recipe['seed']}); another one would differ, by how much was not measured.",
         _orders_limit(tuned),
-        "Way of asking: the likeliest letter behind a prompt in the style "
+        "Way of asking: the likeliest letter after a prompt in the style "
         f"`{recipe['prompt_style']}`; other prompts give other numbers.",
         "Meaning: exam questions with four options, one of them right. Nothing here says how the "
         "model advises, explains, or knows when it doesn't know.",

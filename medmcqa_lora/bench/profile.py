@@ -35,7 +35,7 @@ KINDS = {  # group -> parts of a regular expression, the first group that is fou
                      "histogram|bincount|unique|nonzero|one_hot|gathertopk|deviceselect",
                      "bitonic|_route_(forward|backward)"],
     "gather/scatter/index": ["index|gather|scatter|embedding|aten::take|repeat_interleave",
-                             "^_(combine|spread)$"],
+                             "^_combine$"],
     "dense GEMM": ["gemm|gemv|nvjet|cutlass|cublas|splitk|xmma",
                    "aten::(mm|bmm|addmm|baddbmm|matmul|linear|dot|mv|_addmm_activation)$|mkl"],
     "copies/casts": ["copy|memcpy|memset|catarray|fill",

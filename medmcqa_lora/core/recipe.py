@@ -222,7 +222,7 @@ def _shard_conflicts(unsloth: bool, fp8: bool) -> Iterator[str]:
     "What excludes `parallel = fsdp`."
     if unsloth:
         yield ("parallel fsdp needs backend hf: "
-               "unsloth loads a whole copy onto each GPU; use ddp")
+               "unsloth loads a complete copy onto each GPU; use ddp")
     if fp8:
         yield ("parallel fsdp needs quantization none: 8-bit matrices lie twice, "
                "by rows and by columns, and are not gathered; use ddp")

@@ -62,7 +62,7 @@ def path_trick(path: Path) -> str: # empty: none
     if not text.isprintable(): return "holds a character that doesn't print"
     if text.startswith("~"): return "begins with ~, which only a shell replaces"
     if ADDRESS.match(text): return "is an address, not a folder"
-    if _goes_back_up(parts): return "goes back up with .. behind a name"
+    if _goes_back_up(parts): return "goes back up with .. after a name"
     if len(os.fsencode(text)) > 2000: return "is too long"
     if any(len(os.fsencode(p)) > 200 for p in parts): return "is too long"
     if path.is_symlink() and not path.exists(): return "is a link to nowhere"

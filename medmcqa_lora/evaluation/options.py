@@ -252,7 +252,7 @@ def choose_shared_prompt(
 ) -> tuple[bool, str]: # whether four options share their prompt's pass, and why
     "Whether continuing from the prompt's cache gives this model's own numbers."
     if recipe.backend == "unsloth":
-        return False, "unsloth's kernels are not known to go on from a cache by several tokens"
+        return False, "unsloth's kernels are not known to continue from a cache by several tokens"
     if packed and model.config.model_type == "nemotron_h":
         return False, "packed rows of short examples are faster: their kernels keep no states"
     prompts, ends = encode_options(questions[:4], tokenizer, recipe)

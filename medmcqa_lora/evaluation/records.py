@@ -112,7 +112,7 @@ def describe_scoring_error(
 ) -> str: # one line
     "What was requested from the allocator, and what to lower."
     return (f"{describe_shortage(text)}, scoring {most} questions at once; "
-            "lower per_device_eval_batch_size and go on with --resume: what is scored stays")
+            "lower per_device_eval_batch_size and continue with --resume: what is scored stays")
 
 # %% ../../nbs/5_evaluation/records.ipynb #6abbec24
 def run_batches(
@@ -210,7 +210,7 @@ def begin_evaluation(
         begun = [file for kind in RECORD_KINDS for file in folder.glob(f"{kind}*.jsonl")]
         if begun:
             raise ValueError(f"{folder}: holds {begun[0].name} of another evaluation; "
-                             "use another --out, or go on with --resume")
+                             "use another --out, or continue with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", settings)
 

@@ -224,7 +224,7 @@ def mamba_ssm_forward(self, # a `NemotronHMamba2Mixer` on a GPU with kernels
     return self.out_proj(y.to(hidden_states.dtype))
 
 # %% ../../nbs/3_fast/mamba.ipynb #4523be2b
-PACKED_CACHE = ("packed rows in a pass with a cache: the state behind a row is its last example's "
+PACKED_CACHE = ("packed rows in a pass with a cache: the state after a row is its last example's "
                 "alone; pass use_cache=False, or generate from one example a row")
 
 def kernels_run(x: Tensor) -> bool: # whether mamba_ssm and causal_conv1d compute with it

@@ -130,7 +130,7 @@ def example_numbers(kwargs: dict # the decoder's keyword arguments, in a pass wi
     if positions is not None: return (positions == 0).cumsum(-1, dtype=torch.int32)
     if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "packed rows without position_ids or seq_idx: the Mamba state would go on from one "
+            "packed rows without position_ids or seq_idx: the Mamba state would continue from one "
             "example to the next; pass both (packing_collator does)")
     return None
 

@@ -201,7 +201,7 @@ def terminate_workers() -> int: # how many
 
 # %% ../../nbs/7_launch/hosts.ipynb #16ce919b
 class HostWatch:
-    "Watches the other hosts while a run goes on."
+    "Watches the other hosts while a run is active."
     def __init__(self, nodes: Nodes):
         self.nodes = nodes
         self.hosts = None         # a `HostRegistry`, once the store is found

@@ -41,7 +41,7 @@ class LaunchError(RuntimeError):
     "A process of a run failed; the message names its rank and the cause."
 
 class Interrupted(LaunchError):
-    "The run was told to stop; the message says what is left and how to resume."
+    "The run was asked to stop; the message says what is left and how to resume."
 
 # %% ../../nbs/7_launch/launcher.ipynb #1bce30d4
 MEETING = 900  # seconds that hosts wait for one another
@@ -120,7 +120,7 @@ def describe_interruption(logs: Path, # the launcher's folder with its workers' 
     stops = [r["text"].split(";")[0] for r in reported if r["kind"] == "stopped"]
     left = stops[0] if stops else "what was written stays there"
     return (f"interrupted ({name}): {folder}: {left}; "
-            f"go on with the same command and --resume --out {folder}")
+            f"continue with the same command and --resume --out {folder}")
 
 # %% ../../nbs/7_launch/launcher.ipynb #a6bc9cca
 def raise_in_one_line(error: Exception, logs: Path, folder: Path, nodes: Nodes, watch) -> None:
@@ -152,7 +152,7 @@ def run_workers(nproc: int, nodes: Nodes, # processes on this host; the hosts
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
     launch = elastic_launch(launch_config(nproc, nodes, logs), sys.executable)
-    mark_request = Path(logs, "asked").touch  # workers then know that the run was told to stop
+    mark_request = Path(logs, "asked").touch  # workers then know that the run was asked to stop
     with guarded(5, folder), restore_signal_handlers(), watch_hosts(nodes) as watch:
         def message(): return (watch and watch.fault) or "interrupted"
         with exit_after_signal(grace + 4, message, mark_request):

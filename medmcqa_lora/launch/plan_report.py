@@ -222,7 +222,7 @@ def meta_lora_report(model: nn.Module, # on the meta device; gets an adapter
 def describe_model(recipe: Recipe, total: int, gpus: int) -> str:
     "A model's size, and how several GPUs hold it."
     text = f"{recipe.model}: {parameters_in_words(total)} parameters"
-    copies = "shares" if recipe.parallel == "fsdp" else "whole copies"
+    copies = "shares" if recipe.parallel == "fsdp" else "complete copies"
     if gpus > 1: text += f", {gpus} {copies}"
     if is_nano_30b(recipe.model): text += ", configuration shipped with the package"
     return text

@@ -33,7 +33,7 @@ def check_folder(folder: Path, # where a run is to be written
         raise ValueError(f"--out {folder}: is a file; name a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise ValueError(f"--out {folder}: holds another run; "
-                         "name a new folder, or go on with --resume")
+                         "name a new folder, or continue with --resume")
     if resume and not folder.is_dir():
         raise ValueError(f"--out {folder}: nothing to resume there; "
                          "name the folder of an interrupted run")
@@ -43,7 +43,7 @@ def check_folder(folder: Path, # where a run is to be written
 # %% ../../nbs/7_launch/preflight.ipynb #89311ff5
 def check_free(folder: Path # of a run, or not there yet
               ) -> None:
-    "Raises `ValueError` if another run goes on in a folder."
+    "Raises `ValueError` if another run is active in a folder."
     wait_until_free(folder)
     if folder.is_dir() and is_locked(folder):
         raise ValueError(f"--out {folder}: another process writes there; "

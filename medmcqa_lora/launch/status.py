@@ -175,5 +175,5 @@ def describe_status(s: dict # from `read_status`
     if s["kind"] == "training": lines.append(f"last checkpoint: {s['checkpoint'] or 'none yet'}")
     lines.append(describe_heartbeat(s))
     if s["state"] in ("failed", "interrupted"):
-        lines.append("it goes on with the same command and --resume")
+        lines.append("it continues with the same command and --resume")
     return "\n".join(line for line in lines if line)

@@ -157,7 +157,7 @@ def execute_notebook(job: dict, # as `run_notebook` writes it
     except DeadKernelError:
         process = shutdown.kernel()
         return "raised", describe_dead_kernel(process and process.poll(), target)
-    except KeyboardInterrupt: return "ended", "was told to end"
+    except KeyboardInterrupt: return "ended", "was asked to end"
     except Exception as e:
         return "raised", f"papermill: {type(e).__name__}: {one_line(e, 600)}"
 
@@ -195,9 +195,9 @@ def prepare_restart(job: dict, # changed: it resumes where there is a checkpoint
 
 # %% ../../nbs/7_launch/worker.ipynb #a02112bb
 def report_and_exit(kind: str, text: str, # of the failure
-                    requested: bool # whether the worker was told to end
+                    requested: bool # whether the worker was asked to end
                    ) -> None:
-    "Record a failure, and exit with 1, or 130 if the worker was told to end."
+    "Record a failure, and exit with 1, or 130 if the worker was asked to end."
     if requested and kind != "stopped": kind = "ended"
     record_failure(text, kind)
     if kind == "waited": time.sleep(2)
@@ -209,7 +209,7 @@ WORKER_PROGRAM = ("import sys; from medmcqa_lora.launch.worker import run_worker
 
 def run_worker(job_file: str # written by `run_notebook`
               ) -> None:
-    "Execute a job's notebook; exits with 1 if a cell raises, 130 if it was told to end."
+    "Execute a job's notebook; exits with 1 if a cell raises, 130 if it was asked to end."
     job_path = Path(job_file)
     job = json.loads(job_path.read_text())
     rank = int(os.environ["RANK"])

@@ -241,7 +241,7 @@ def reset(
     history: list[float], # as `find_faults` takes it
     device: torch.device
 ) -> None:
-    "Forget pending steps and go on from a history."
+    "Forget pending steps and continue from a history."
     self.history = torch.tensor(history, device=device)
     self.skip = torch.zeros((), device=device)
     self.pending = []
@@ -273,7 +273,7 @@ def stop_message(
     if len(ids) > MAX_NAMED: examples += f" (all in {run}/bad_step.json)"
     resume = "--resume and -p on_bad_step skip leave such steps out"
     if recipe.on_bad_step == "skip":
-        resume = f"--resume goes on from it; {MAX_BAD_IN_A_ROW} steps in a row were skipped"
+        resume = f"--resume continues from it; {MAX_BAD_IN_A_ROW} steps in a row were skipped"
     return f"step {step.step}: {cause}; {examples}{describe_last_checkpoint(run)}; {resume}"
 
 # %% ../../nbs/4_training/bad_steps.ipynb #2d3fb7c1

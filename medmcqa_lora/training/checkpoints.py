@@ -326,9 +326,9 @@ def report_unsaved(
     left = list_checkpoints(checkpointer.run)
     last = f"the last good one is {left[0].name}" if left else "there is none before it"
     if checkpointer.save_errors != "warn":
-        raise DiskError(f"{problem}; {last}; then go on with --resume")
+        raise DiskError(f"{problem}; {last}; then continue with --resume")
     if trainer.is_world_process_zero():
-        print(f"warning: step {trainer.state.global_step}: {problem}; the run goes on without it "
+        print(f"warning: step {trainer.state.global_step}: {problem}; the run continues without it "
               f"(save_errors = warn), {last}", file=sys.stderr, flush=True)
 
 def save_checkpoint(trainer) -> None: # with a `Checkpointer`
@@ -362,7 +362,7 @@ def find_start(
     existing = list_checkpoints(run)
     if existing and not resume:
         raise ValueError(f"{run}: holds {existing[0].name} of a run; "
-                         "set resume to go on with it, or name another folder as out")
+                         "set resume to continue it, or name another folder as out")
     found = last_checkpoint(run) if resume else None
     if found is None: return None
     before = read_manifest(found)
@@ -416,7 +416,7 @@ def check_best(trainer) -> None:
     damage = find_damage(best)
     if not damage: return
     raise ValueError(f"{best}: was the best, and is broken ({damage}); "
-                     "copy it again, or delete it and go on with --resume")
+                     "copy it again, or delete it and continue with --resume")
 
 def use_checkpointer(
     trainer, # a `transformers.Trainer`; changed in place

@@ -49,7 +49,7 @@ def start_run(
     file, settings = run / "recipe.json", asdict(recipe)
     if not resume and any(run.glob("checkpoints/checkpoint-*")):
         raise ValueError(f"{run}: holds another run; "
-                         "go on with it by resume = True, or name another out")
+                         "continue it with resume = True, or name another out")
     if resume and file.exists():
         changed = changed_settings(json.loads(file.read_text()), settings)
         if changed:

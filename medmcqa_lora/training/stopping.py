@@ -89,8 +89,8 @@ def stop_message(
     wanted = f"checkpoint-{step}"
     last = f"the last one is {saved}" if saved else "there is none before it"
     result = f"with {saved}" if saved == wanted else f"but {wanted} could not be saved ({last})"
-    return (f"stopped behind step {step} as asked, {result}; "
-            "go on with --resume (resume = True in the notebook)")
+    return (f"stopped after step {step} as asked, {result}; "
+            "continue with --resume (resume = True in the notebook)")
 
 # %% ../../nbs/4_training/stopping.ipynb #07377bf1
 @contextmanager

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ALL, ROOT
-from helpers import trained
+from helpers import isolation, make_recipe, trained
 from transformers import NemotronHConfig, masking_utils
 
-from benchmarks.correctness.isolation import isolation, make_recipe
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe

@@ -213,7 +213,7 @@ def test_ctrl_c_on_one_host_stops_both_after_one_step(cable, tmp_path):
     os.kill(hosts[1].process("cli import main"), signal.SIGINT)
     lines = [h.end(LIMIT) for h in hosts]
     print(f"Ctrl-C on host 1: {time.time() - began:.1f} s; {lines}")
-    steps = {re.search(r"stopped behind step (\d+)", line)[1] for line in lines}
+    steps = {re.search(r"stopped after step (\d+)", line)[1] for line in lines}
     assert len(steps) == 1
     assert (tmp_path / f"run/checkpoints/checkpoint-{steps.pop()}").is_dir()
 

@@ -278,8 +278,8 @@ def adapter_of(folder: Path) -> bytes:
 
 
 IN_PROCESS = "make test-all; test_bad_steps and training.stopping ask for a stop in this process"
-STOPPED = (r"interrupted \(SIGINT\): .*/run: stopped behind step (\d+) as asked, with checkpoint-\1"
-           r"; go on with the same command and --resume --out ")
+STOPPED = (r"interrupted \(SIGINT\): .*/run: stopped after step (\d+) as asked, with checkpoint-\1"
+           r"; continue with the same command and --resume --out ")
 
 
 @pytest.mark.skipif(not ALL, reason=IN_PROCESS)

@@ -148,7 +148,7 @@ def test_killed_outright(tmp_path, cli):
     found = wait_until(lambda: in_state(folder, "interrupted"))
     assert not found["alive"] and "is gone and said nothing" in found["cause"] and found["step"]
     code, out, _ = cli("status", folder)
-    assert code == 4 and "it goes on with the same command and --resume" in out
+    assert code == 4 and "it continues with the same command and --resume" in out
 
 
 @pytest.mark.skipif(not ALL, reason="make test-all; core.progress has the rule")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ALL, ROOT, sampled
-from helpers import check_one_line
+from helpers import check_one_line, reset_signals
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -329,7 +329,8 @@ def test_interrupted(function, count, how, tmp_path):
     sharded, out = shard_toy(tmp_path / "sharded"), tmp_path / "out/merged"
     adapter, tuned = make_adapter(tmp_path / "adapter", *GROUPS)
     words = [str(adapter), str(out), str(sharded), function, str(count), how]
-    done = subprocess.run([PYTHON, "-c", KILL, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [PYTHON, "-c", KILL, *words], capture_output=True, text=True, preexec_fn=reset_signals)
     assert done.returncode in (-signal.SIGKILL, -signal.SIGINT, 1), done.stderr
     assert ("KeyboardInterrupt" in done.stderr) == (how == "SIGINT"), done.stderr
     left = list(out.parent.iterdir())

@@ -17,7 +17,7 @@ from conftest import ALL, ROOT
 
 from medmcqa_lora.core.recipe_files import load_recipe
 
-NOTEBOOKS = build_docs.notebooks() if ALL else ["1_data/questions.ipynb", "runs/train.ipynb"]
+NOTEBOOKS = build_docs.notebooks() if ALL else ["1_data/explore.ipynb", "runs/train.ipynb"]
 SHOTS = ROOT / "_runs/jupyterlab"  # to be looked at; not committed
 READY = """() => {
   const session = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session;
@@ -126,6 +126,6 @@ def test_run_all_cells(notebook, lab, browser):
     shown = [kind for c in cells for o in c["outputs"] for kind in o.get("data", {})]
     assert (
         "image/png" in shown
-        if notebook in ("1_data/questions.ipynb", "runs/train.ipynb")
+        if notebook in ("1_data/explore.ipynb", "runs/train.ipynb")
         else shown
     )

@@ -164,10 +164,10 @@ def test_docments_are_shown(site):
         return re.sub(r"<[^>]+>|\s", "", (site / name).read_text())
 
     assert "lora_rint16rankofAandB" in text(
-        "core.recipe.html"
+        "0_core/recipe.html"
     )  # a field of a dataclass: type, default, comment
-    assert "namestrfolder,hubidorbuilt-inname" in text("model.load.html")  # a parameter
-    assert "Returnsstrfolderorhubid,forfrom_pretrained" in text("model.load.html")
+    assert "namestrfolder,hubidorbuilt-inname" in text("2_model/resolve.html")  # a parameter
+    assert "Returnsstrfolderorhubid,forfrom_pretrained" in text("2_model/resolve.html")
 
 
 def test_nothing_of_this_machine_is_published(site):

@@ -383,8 +383,8 @@ OUT = {
         ini("[a]\nmodel = toy-nemotron-h\nout = ~nobody-here/run"),
         ["~nobody-here/run: begins with ~"]),
     "an address": (toy("--out", "s3://bucket/run"), ["is an address, not a folder"]),
-    "back up behind a name": (
-        toy("--out", "a/../../b"), ["goes back up with .. behind a name"]),
+    "back up after a name": (
+        toy("--out", "a/../../b"), ["goes back up with .. after a name"]),
     "too long": (toy("--out", "x" * 300), ["is too long"]),
     "a link to nowhere": (train_into_a_link, ["run: is a link to nowhere"]),
     "a link to itself": (evaluate_into_a_link_to_itself, ["run: is a link to nowhere"]),

@@ -219,7 +219,7 @@ def test_a_bad_step_stops_the_run_and_touches_nothing(tmp_path, how, packing):
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_skipped_steps_are_recorded_and_the_rest_goes_on(tmp_path, packing):
-    """A skipped update leaves moments and count of steps alone, too; the schedule goes on."""
+    """A skipped update leaves moments and count of steps alone, too; the schedule continues."""
     run = tmp_path / "run"
     settings = dict(packing=packing, logging_steps=2, on_bad_step="skip")
     trainer, spoiler = made(run, {3, 4}, "loss", **settings)
@@ -360,7 +360,7 @@ def test_the_checkpoint_at_a_request_is_looked_at(tmp_path):
     assert not list(stop.glob("checkpoints/*"))
     settings |= dict(on_bad_step="skip")
     trainer, _ = made(skip, {3}, "loss", **settings)
-    with pytest.raises(Stopped, match="behind step 4 as asked, with checkpoint-4"):
+    with pytest.raises(Stopped, match="after step 4 as asked, with checkpoint-4"):
         run_training(stop_in(trainer, 4), skip)
     lines = [(m["step"], m["skipped"]) for m in read_lines(skip / "metrics.jsonl")]
     assert lines == [(3, "the loss is nan")]
@@ -379,7 +379,7 @@ def test_a_request_waits_for_a_checkpoint_worth_it(tmp_path):
     run = tmp_path / "run"
     trainer, spoiler = made(run, {7}, "explode", max_steps=12, save_steps=12)
     spoiler.factor = 20.0
-    with pytest.raises(Stopped, match="behind step 8 as asked, with checkpoint-8"):
+    with pytest.raises(Stopped, match="after step 8 as asked, with checkpoint-8"):
         run_training(stop_in(trainer, 7), run)
     assert saved_names(run) == ["checkpoint-8"]
 
@@ -397,7 +397,7 @@ def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
         write(trainer, work)
 
     last = "the last one is checkpoint-2" if saved else "there is none before it"
-    said = (f"stopped behind step 4 as asked, but checkpoint-4 could not be saved \\({last}\\); "
+    said = (f"stopped after step 4 as asked, but checkpoint-4 could not be saved \\({last}\\); "
             "go on")
     with (patch.object(checkpoints, "write_parts", write_parts),
           patch.object(metrics, "note_progress", lambda **facts: noted.append(facts)),
@@ -595,7 +595,7 @@ if any("ipykernel" in word for word in sys.orig_argv):
      "loading toy-nemotron-h, whose weights take 1.30 MiB in float32; "
      "see who else uses the memory"),
     (("medmcqa_lora.evaluation.letters", "begin_letter_logprobs"), "evaluate",
-     "scoring 32 questions at once; lower per_device_eval_batch_size and go on with --resume"),
+     "scoring 32 questions at once; lower per_device_eval_batch_size and continue with --resume"),
 ], ids=["loading", "scoring"])
 def test_memory_that_runs_out_elsewhere(tmp_path, where, command, said):
     """By the public command, in whose kernel the allocator gives up in one place."""

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, sampled
+from helpers import allocated_on_cpu
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from benchmarks.common import allocated_on_cpu
 from medmcqa_lora.core.files import shipped_file
 from medmcqa_lora.core.recipe import Recipe
 from medmcqa_lora.core.recipe_files import load_recipe
@@ -334,7 +334,7 @@ def test_tokens_of_a_micro_batch():
     assert usual == round(64 * mean) and usual < largest < padded == 64 * max(lengths)
 
 
-SAID = ("31.58 B parameters", "8 whole copies", "SmolLM2-135M-Instruct's tokenizer",
+SAID = ("31.58 B parameters", "8 complete copies", "SmolLM2-135M-Instruct's tokenizer",
         "does NOT fit", "kept*", "Time: measured", "NVIDIA H200")
 
 

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import ALL, processes_with
+from helpers import start
 from transformers import TrainerCallback
 
 from medmcqa_lora.core.files import DiskError, read_lines
@@ -267,8 +268,8 @@ def test_a_merge_that_is_told_to_end_leaves_nothing(how, tmp_path, adapter):
     """Held up in the middle, with half of the folder written."""
     mark = f"MARK{os.getpid()}{how}"
     words = [sys.executable, "-c", MERGE, "merge", str(adapter), "--out", str(tmp_path / "new")]
-    command = subprocess.Popen(words, env=os.environ | {"MARK": mark}, stderr=subprocess.PIPE,
-                               text=True)
+    env = os.environ | {"MARK": mark}
+    command = start(words, env=env, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".new-*.part/*.safetensors")):
         assert command.poll() is None
         time.sleep(0.05)

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ALL, ROOT
+from helpers import GROUPS, adapted
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from benchmarks.correctness.isolation import GROUPS, adapted
 from medmcqa_lora.core.environment import compute_device
 from medmcqa_lora.core.files import read_lines
 from medmcqa_lora.core.recipe import Recipe
