@@ -40,7 +40,8 @@ from medmcqa_lora.model.checkpoint import empty_model
 from medmcqa_lora.model.load import load_model
 from medmcqa_lora.model.lora import attach_lora
 from medmcqa_lora.model.resolve import TOY
-from medmcqa_lora.training.memory.activations import Pass, activation_peak, find_blocks
+from medmcqa_lora.training.memory.activations import activation_peak, find_blocks
+from medmcqa_lora.training.memory.blocks import Pass
 from medmcqa_lora.training.memory.fit import memory_parts
 from medmcqa_lora.training.trainer import make_trainer
 from tests.helpers import allocated_on_cpu
