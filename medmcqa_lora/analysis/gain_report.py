@@ -41,11 +41,11 @@ def _reference_row(name: str, accuracy: float, n: int) -> dict:
 def gain_table(s: GainSplit) -> str: # two Markdown tables
     "The parts of a gain, and every reference that was tried."
     base = s.references[AS_IT_IS]
-    mended = base + s.format
+    corrected = base + s.format
     parts = [
-        _part_row(f"format: {base:.2%} → {mended:.2%} ({s.best})", s.format, s.format_ci95,
+        _part_row(f"format: {base:.2%} → {corrected:.2%} ({s.best})", s.format, s.format_ci95,
                   s.format_p),
-        _part_row(f"the rest: {mended:.2%} → {s.tuned:.2%}", s.rest, s.rest_ci95, s.rest_p),
+        _part_row(f"the rest: {corrected:.2%} → {s.tuned:.2%}", s.rest, s.rest_ci95, s.rest_p),
         _part_row(f"together: {base:.2%} → {s.tuned:.2%}", s.total, s.total_ci95, s.total_p),
     ]
     tried = [_reference_row(name, accuracy, s.n) for name, accuracy in s.references.items()]
@@ -69,8 +69,8 @@ def subject_rows(table: pd.DataFrame # of `subject_gains`
 
 # %% ../../nbs/6_analysis/gain_report.ipynb #6ff0051d
 NOTES = (
-    "Format is what the base model reaches untrained when only the form of its answer is mended, "
-    "by the best of the ways tried; the rest is what tuning adds to that. Intervals of the parts: "
+    "Accuracy that calibration or prompting alone gives the base model, by the best of the ways "
+    "tried, counts as format; the rest is what tuning adds to that. Intervals of the parts: "
     "bootstrap over questions, with the best way chosen and the letter prior fitted anew in each "
     "of {resamples:,} resamples. Letter prior removed: each letter's mean log-probability over "
     "these questions is subtracted; no answer is used. p: exact McNemar; for format corrected for "

@@ -62,7 +62,7 @@ def chat_prompt(turns: list[str], # of user and assistant, in turn, the user's l
     except Exception as e:  # a template is a program in Jinja's sandbox, and raises what it likes
         reason = shorten(" ".join(str(e).split()), 120)
         raise ValueError("prompt_style = chat: the tokenizer's chat template fails "
-                         f"({type(e).__name__}: {reason}); mend it, or use plain") from None
+                         f"({type(e).__name__}: {reason}); correct it, or use plain") from None
 
 # %% ../../nbs/1_data/prompts.ipynb #0473a090
 def _completion_prompt(q: Question, style: str, target: str) -> str:
