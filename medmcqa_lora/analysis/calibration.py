@@ -79,7 +79,7 @@ def fit_temperature(logits: np.ndarray, # (N, 4)
 
 # %% ../../nbs/6_analysis/calibration.ipynb #250c68b5
 def split_in_halves(predictions: list[dict] # lines of predictions.jsonl
-          ) -> tuple[list[dict], list[dict]]: # to fit, to report
+                   ) -> tuple[list[dict], list[dict]]: # to fit, to report
     "Two halves that depend on the ids alone, not on the order of the rows."
     ordered = sorted(predictions, key=lambda p: hashlib.sha256(p["id"].encode()).hexdigest())
     return ordered[::2], ordered[1::2]

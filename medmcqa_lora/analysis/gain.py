@@ -222,8 +222,8 @@ def split_gain(a: Answers) -> GainSplit: # with intervals and p-values
 
 # %% ../../nbs/6_analysis/gain.ipynb #af5e559d
 def sign_of_part(interval: list[float], # [low, high]
-          p: float # of the exact test
-         ) -> str: # more, less or open
+                 p: float # of the exact test
+                ) -> str: # more, less or open
     "Whether a part is more than nothing, less, or neither can be said."
     if p >= 0.05 or interval[0] <= 0 <= interval[1]: return "open"
     return "more" if interval[0] > 0 else "less"

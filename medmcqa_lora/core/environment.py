@@ -51,7 +51,7 @@ def _size_after(words: str, text: str) -> float:
 
 # %% ../../nbs/0_core/environment.ipynb #d3a8424a
 def describe_shortage(text: str # of the allocator
-            ) -> str: # such as "out of memory: 1.5 GiB more were asked for"
+                     ) -> str: # such as "out of memory: 1.5 GiB more were asked for"
     "The beginning of a message about missing memory."
     more, has = requested_memory(text)
     message = "out of memory"

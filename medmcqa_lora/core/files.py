@@ -16,7 +16,7 @@ if "__file__" in globals(): PACKAGE = Path(__file__).resolve().parents[1]
 else: PACKAGE = Path.cwd().parents[1] / "medmcqa_lora"
 
 def shipped_file(name: str # such as "settings.ini", "nbs/runs/train.ipynb" or "assets/sample.jsonl"
-           ) -> Path: # where it is in a checkout or an installed package
+                ) -> Path: # where it is in a checkout or an installed package
     "The path of a file of the package; raises `FileNotFoundError` if the installation lacks it."
     is_checkout = (PACKAGE.parent / "pyproject.toml").exists()
     top = PACKAGE.parent if is_checkout else PACKAGE / "shipped"
@@ -67,8 +67,8 @@ def sync_to_disk(path: Path) -> None: # a file or folder
     finally: os.close(handle)
 
 def write_file(path: Path, # its folder must exist
-                content: str | bytes # text is written as UTF-8
-               ) -> Path: # the same path
+               content: str | bytes # text is written as UTF-8
+              ) -> Path: # the same path
     "Replace a file by a rename; raises `OSError`, `DiskError` for a full disk; the old file stays."
     data = content.encode() if isinstance(content, str) else content
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")

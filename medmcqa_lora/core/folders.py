@@ -32,8 +32,8 @@ def _unhandled_signals() -> list[signal.Signals]:
 
 # %% ../../nbs/0_core/folders.ipynb #48214fde
 def publish_folder(work: Path, # the finished folder
-           out: Path # its name, in the same file system; a folder of that name is replaced
-          ) -> None:
+                   out: Path # its name, in the same file system; a folder of that name is replaced
+                  ) -> None:
     "Give a finished folder its name, after all of it is on the disk."
     for path in (work, *work.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -47,7 +47,7 @@ def publish_folder(work: Path, # the finished folder
 # %% ../../nbs/0_core/folders.ipynb #d4cf0dfa
 @contextmanager
 def atomic_folder(out: Path # replaced if it exists
-                ) -> Iterator[Path]: # to write into
+                 ) -> Iterator[Path]: # to write into
     "A folder that appears when the block ends without an error; raises `DiskError` naming it."
     out = out.absolute()
     with interruptible(), explain_disk_errors(out):
@@ -95,8 +95,8 @@ def _may_be_alive(path: Path) -> bool:
 LOCKED = {}  # folder -> the open descriptor that has the lock, of this process
 
 def lock_folder(folder: Path, # a file will do, too
-         patience: float = 20 # seconds to wait for another process
-        ) -> None:
+                patience: float = 20 # seconds to wait for another process
+               ) -> None:
     "Lock a folder until `unlock_folder` or exit; raises `ValueError` if another process has it."
     key = str(folder.resolve())
     if key in LOCKED: return
@@ -142,9 +142,9 @@ def cache_dir(make: bool = True # if missing; False: whoever writes there makes 
 
 # %% ../../nbs/0_core/folders.ipynb #30bd5430
 def cached_folder(name: str, # the folder's name
-           make, # function of a folder's path that makes and fills it
-           version: str # of what it is made from; a folder of another version is made again
-          ) -> Path: # the finished folder
+                  make, # function of a folder's path that makes and fills it
+                  version: str # of what it is made from; a folder of another version is made again
+                 ) -> Path: # the finished folder
     "The cache folder `name`, made by `make` if it isn't there yet or is out of date."
     path = cache_dir() / name
     if _has_version(path, version): return path

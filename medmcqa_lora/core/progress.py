@@ -31,8 +31,8 @@ def process_identity() -> dict: # pid, host, started: when the process began, se
 
 # %% ../../nbs/0_core/progress.ipynb #4d8798b1
 def write_heartbeat(folder: Path,
-               facts: dict # numbers that are not finite are written as null
-              ) -> None:
+                    facts: dict # numbers that are not finite are written as null
+                   ) -> None:
     "Write a heartbeat atomically; where that fails, the one before stays."
     clean = {key: None if _is_not_finite(value) else value for key, value in facts.items()}
     try: write_json(folder / HEARTBEAT, clean | dict(time=round(time.time(), 2)))
@@ -177,7 +177,7 @@ def speed_words(facts: dict # of a heartbeat
 
 # %% ../../nbs/0_core/progress.ipynb #1e594222
 def progress_line(facts: dict # of a heartbeat with doing, step, steps, unit
-           ) -> str:
+                 ) -> str:
     "A plain line of progress."
     step, steps = facts["step"], facts["steps"]
     share = f" ({step / steps:.0%})" if steps else ""
@@ -251,8 +251,8 @@ def close(self: Progress) -> None:
 
 # %% ../../nbs/0_core/progress.ipynb #046d6df3
 def progress_bar(facts: dict, # of a heartbeat
-           columns: int # of the terminal
-          ) -> str: # of at most so many characters
+                 columns: int # of the terminal
+                ) -> str: # of at most so many characters
     "A bar, or the state where there is no work yet."
     seconds = time.time() - facts.get("began", time.time())
     if not facts.get("steps"):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 # %% ../../nbs/0_core/text.ipynb #e3305e0b
 def first_problems(bad: list[str], # one sentence per problem
-         most: int = 12 # how many are reported
-        ) -> str: # with semicolons between
+                   most: int = 12 # how many are reported
+                  ) -> str: # with semicolons between
     "The first problems in one line, and how many more there are."
     first = "; ".join(bad[:most])
     if len(bad) <= most: return first
@@ -21,16 +21,16 @@ def first_problems(bad: list[str], # one sentence per problem
 
 # %% ../../nbs/0_core/text.ipynb #79df509d
 def nearest_hint(word: str, # as it was written
-            known # the names that exist
-           ) -> str: # such as "; did you mean lora_r?"; empty: none is similar
+                 known # the names that exist
+                ) -> str: # such as "; did you mean lora_r?"; empty: none is similar
     "A hint at the known name that is most like `word`."
     near = difflib.get_close_matches(word[:80], list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 # %% ../../nbs/0_core/text.ipynb #f3261825
 def shorten(text: str, # to be shown
-          most: int = 1200 # characters
-         ) -> str: # at most so many
+            most: int = 1200 # characters
+           ) -> str: # at most so many
     "A text without its middle, if it is long."
     if len(text) <= most: return text
     beginning = text[:most * 2 // 3]

@@ -115,8 +115,8 @@ def find_problems(questions: list[Question]) -> dict[str, list[Question]]: # pro
 
 # %% ../../nbs/1_data/questions.ipynb #b1dea2c6
 def describe_problems(problems: dict[str, list[Question]], # from `find_problems`
-             show: int = 3 # rows of each
-            ) -> str: # such as "empty option: 2 (line 3, q7)"
+                      show: int = 3 # rows of each
+                     ) -> str: # such as "empty option: 2 (line 3, q7)"
     "Counts per problem with the first rows' ids and places."
     if not problems: return "no problems"
     parts = []

@@ -62,8 +62,8 @@ def check_fields(record: dict, # flat
 
 # %% ../../nbs/1_data/schemas.ipynb #c8887ddf
 def flatten_record(record: dict, # as read
-            where: str # its place, for the message
-           ) -> dict: # with question, opa to opd, cop
+                   where: str # its place, for the message
+                  ) -> dict: # with question, opa to opd, cop
     "The record in MedMCQA's flat fields; raises `ValueError` naming the first missing field."
     if not isinstance(record, dict):
         raise ValueError(f"{where}: is {type(record).__name__}, not an object with fields; "
@@ -107,8 +107,8 @@ def _check_base(label_base: str, seen: set[int]) -> None:
                          f"it counts from {right}; set label_base = {right} or auto")
 
 def detect_label_base(cops: list, # the raw `cop` values of all rows
-                label_base: str = "auto" # the user's word: auto, 0 or 1
-               ) -> str: # "0", "1" or "letters"
+                      label_base: str = "auto" # the user's word: auto, 0 or 1
+                     ) -> str: # "0", "1" or "letters"
     "Which number, if any, is the first option; raises `ValueError` where the data can't tell."
     if any(_letter(c) for c in cops): return "letters"
     seen = {_number(c) for c in cops} & {0, 1, 2, 3, 4}

@@ -434,7 +434,7 @@ def speed_up(model: nn.Module # a transformers or PEFT model; changed in place
 
 # %% ../../nbs/3_fast/blocks.ipynb #b452d2b8
 def float8_candidates(model: nn.Module # a transformers or PEFT model
-                ) -> list[tuple[nn.Module, str]]: # modules, and their parameters' names
+                     ) -> list[tuple[nn.Module, str]]: # modules, and their parameters' names
     "Matrices that can become 8 bits wide."
     inside = [m for n, m in model.named_modules() if ".layers." in n and "lora_" not in n]
     linear = [(m, "weight") for m in inside if type(m) is nn.Linear]

@@ -75,8 +75,8 @@ def has_float8_product(w: Weight8) -> bool: # False: `frozen_matmul` dequantises
 
 # %% ../../nbs/3_fast/float8.ipynb #7a7d5fdb
 def frozen_matmul(x: Tensor | Rows8, # (N, in)
-            w: Tensor | Weight8 # (out, in)
-           ) -> Tensor: # (N, out)
+                  w: Tensor | Weight8 # (out, in)
+                 ) -> Tensor: # (N, out)
     "x Wᵀ; in 8 bits if the matrix is."
     if not isinstance(w, Weight8): return unquantised(x) @ w.mT
     x = x if isinstance(x, Rows8) else quantise(x)
@@ -126,8 +126,8 @@ def weight_of(module: nn.Module,
 # %% ../../nbs/3_fast/float8.ipynb #466a7439
 @torch.no_grad()
 def quantise_weight(module: nn.Module, # a linear layer, or fused experts
-                  name: str = "weight" # of a frozen matrix
-                 ) -> Tensor: # what the parameter held; drop it to free its memory
+                    name: str = "weight" # of a frozen matrix
+                   ) -> Tensor: # what the parameter held; drop it to free its memory
     "Make a module's matrix 8 bits wide."
     parameter = getattr(module, name)
     assert not parameter.requires_grad, f"{name} is trained"

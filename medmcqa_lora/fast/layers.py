@@ -70,7 +70,7 @@ def is_plain_lora(module: nn.Module, # PEFT's LoRA around a linear layer
 
 # %% ../../nbs/3_fast/layers.ipynb #40320e16
 def linear_parts(module: nn.Module # a linear layer, with or without PEFT's LoRA
-              ) -> LinearParts | None: # none: its own forward has to run
+                ) -> LinearParts | None: # none: its own forward has to run
     "A layer's frozen weight and its one active adapter, if that is all there is to it."
     from peft.tuners.lora import Linear as LoraLinear
     has_lora = isinstance(module, LoraLinear)
@@ -127,8 +127,8 @@ def with_padding(rows: Tensor, # (N, D), each row followed by padding
 # %% ../../nbs/3_fast/layers.ipynb #c2717cc4
 @torch.no_grad()
 def pad_weight(layer: nn.Linear, # whose weight is frozen; it moves to new memory
-              r: int # numbers after each row
-             ) -> None:
+               r: int # numbers after each row
+              ) -> None:
     "Pad the rows of a weight."
     if row_padding(layer) == r: return
     out, width = layer.weight.shape
@@ -138,9 +138,9 @@ def pad_weight(layer: nn.Linear, # whose weight is frozen; it moves to new memor
 
 # %% ../../nbs/3_fast/layers.ipynb #24bac9fb
 def padded_linear(x: Tensor, # (N, in), each row followed by r numbers of padding
-                weight: Tensor, # (out, in), likewise
-                a: Tensor, b: Tensor, scale: float # as `linear_forward` takes them
-               ) -> tuple[Tensor, Tensor]: # y (N, out), t (N, r)
+                  weight: Tensor, # (out, in), likewise
+                  a: Tensor, b: Tensor, scale: float # as `linear_forward` takes them
+                 ) -> tuple[Tensor, Tensor]: # y (N, out), t (N, r)
     "`linear_forward` as one product; writes into the padding."
     r, width = len(a), x.shape[1]
     x_t, weight_b = with_padding(x, r), with_padding(weight, r)
@@ -278,7 +278,7 @@ def fuse(model: nn.Module # a transformers or PEFT model; changed in place
     return list(found)
 
 def unfuse(model: nn.Module # changed in place
-              ) -> None:
+          ) -> None:
     "Give a model's modules their own forward back."
     for module in model.modules():
         if is_fused(module): del module.forward

@@ -50,8 +50,8 @@ def relu2_grad(h: Tensor, # (N, D) pre-activation
 
 # %% ../../nbs/3_fast/operations.ipynb #92aefcba
 def dispatch_tokens(x: Tensor, # (T, D)
-               order: Tensor, inverse: Tensor # (S,) slot of each row, row of each slot
-              ) -> Tensor: # (S, D)
+                    order: Tensor, inverse: Tensor # (S,) slot of each row, row of each slot
+                   ) -> Tensor: # (S, D)
     "Each token in the rows of its experts."
     if use_triton(x):
         from medmcqa_lora.fast.kernels.routing import scatter_rows
@@ -96,9 +96,9 @@ def relu2_grad_float8(h: Tensor, w: Tensor | None, g: Tensor, # as `relu2_grad` 
 
 # %% ../../nbs/3_fast/operations.ipynb #5c5aa5e8
 def dispatch_tokens_float8(x: Rows8, # (T, D)
-                      order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
-                      keep: bool # whether to keep the original rows, too
-                     ) -> Rows8: # (S, D)
+                           order: Tensor, inverse: Tensor, # as `dispatch_tokens` takes them
+                           keep: bool # whether to keep the original rows, too
+                          ) -> Rows8: # (S, D)
     "`dispatch_tokens` in 8 bits."
     rows = dispatch_tokens(x.original, order, inverse) if keep else None
     if has_float8(x.values.device):

@@ -66,9 +66,9 @@ def can_use_varlen(module: nn.Module, # on its device
 # %% ../../nbs/3_fast/packing.ipynb #528c565d
 @functools.cache
 def takes_shared_keys(attend, # torch's variable-length attention
-                device: torch.device, # of the tensors
-                dtype: torch.dtype # of queries, keys and values
-               ) -> bool: # False: keys and values have to be repeated
+                      device: torch.device, # of the tensors
+                      dtype: torch.dtype # of queries, keys and values
+                     ) -> bool: # False: keys and values have to be repeated
     "Whether an attention function takes fewer heads of keys than of queries."
     q = torch.linspace(-1, 1, 4 * 2 * 64, device=device, dtype=dtype).view(4, 2, 64)
     k, ends = q[:, :1], torch.tensor([0, 1, 4], device=device, dtype=torch.int32)

@@ -192,8 +192,8 @@ def speed_lines(total: int, # the model's parameters
 
 # %% ../../nbs/7_launch/plan_report.ipynb #6a0b9654
 def compare_parallel(model: nn.Module, # without LoRA, on the meta device
-              recipe: Recipe, gpus: int, gpu_memory: float | None = None # GiB of one
-             ) -> str: # aligned text
+                     recipe: Recipe, gpus: int, gpu_memory: float | None = None # GiB of one
+                    ) -> str: # aligned text
     "What each way to distribute a model over GPUs needs and costs."
     costs = [parallel_cost(model, replace(recipe, parallel=p), gpus) for p in PARALLEL_LABELS]
     lines = {f"over {gpus} GPUs, a process each (estimated)": PARALLEL_LABELS.values()}

@@ -178,7 +178,7 @@ def check_checkpoint(folder: Path, # of a model
 
 # %% ../../nbs/2_model/checkpoint.ipynb #aba3c1f0
 def model_structure(name: str # a recipe's model
-                 ) -> nn.Module: # on the meta device
+                   ) -> nn.Module: # on the meta device
     "The structure of a recipe's model; for the 30B model, from the shipped configuration."
     if is_nano_30b(name): return build_structure(load_config(name))
     return empty_model(resolve_model(name, weights=False))

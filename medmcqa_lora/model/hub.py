@@ -59,9 +59,9 @@ def lay_out_repository(run: Path, # a run that passed `check_shareable`
 
 # %% ../../nbs/2_model/hub.ipynb #3a0e9840
 def upload_run(run: Path, # a finished run's folder
-         repo: str, # such as name/medmcqa-lora
-         public: bool = False
-        ) -> str: # where it can be seen
+               repo: str, # such as name/medmcqa-lora
+               public: bool = False
+              ) -> str: # where it can be seen
     "Upload a run's adapter and card to the hub; raises `ValueError` in one line."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (

@@ -140,13 +140,13 @@ def _make_random(recipe: Recipe) -> nn.Module:
 
 # %% ../../nbs/2_model/load.ipynb #76e00fd4
 def bytes_per_weight(recipe: Recipe # with a dtype that is not auto
-                ) -> int: # bytes
+                    ) -> int: # bytes
     "The size of one number of a frozen weight."
     return 4 if recipe.dtype == "float32" else 2
 
 def resolve_dtype(recipe: Recipe,
-                 model: nn.Module # may be on the meta device
-                ) -> Recipe: # with a dtype that is not auto
+                  model: nn.Module # may be on the meta device
+                 ) -> Recipe: # with a dtype that is not auto
     "Replace dtype = auto by the type that the model's weights are stored in."
     if recipe.dtype != "auto": return recipe
     stored = getattr(model.config, "dtype", None) or torch.bfloat16

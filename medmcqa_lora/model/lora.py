@@ -115,8 +115,8 @@ REFUSED_TARGETS = {
 
 # %% ../../nbs/2_model/lora.ipynb #6012a46d
 def select_matrices(matrices: list[Matrix],
-           targets: list[str] # groups or names
-          ) -> list[Matrix]: # in the model's order
+                    targets: list[str] # groups or names
+                   ) -> list[Matrix]: # in the model's order
     "The matrices that targets mean; raises `ValueError` for one refused or matching nothing."
     groups = [g for g in GROUPS if any(m.group == g for m in matrices)]
     known = dict.fromkeys(groups + [m.target for m in matrices])

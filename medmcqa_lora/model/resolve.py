@@ -209,7 +209,7 @@ def check_vocabulary(tokenizer,
 
 # %% ../../nbs/2_model/resolve.ipynb #61be4204
 def is_nano_30b(name: str # a recipe's model
-           ) -> bool: # False, too, if a folder has this name
+               ) -> bool: # False, too, if a folder has this name
     "Whether this is the hub id of Nemotron-3-Nano-30B-A3B, whose configuration ships."
     return name.startswith("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B") and not Path(name).exists()
 

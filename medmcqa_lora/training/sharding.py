@@ -21,7 +21,7 @@ def fsdp_settings(recipe: Recipe
 
 # %% ../../nbs/4_training/sharding.ipynb #2d7b2117
 def keep_parameter_types(arguments # `transformers.TrainingArguments`; changed in place
-              ) -> None:
+                        ) -> None:
     "Gather parameters and add up gradients in their types; raises `ValueError` for one process."
     from torch.distributed.fsdp import MixedPrecisionPolicy
     if not arguments.fsdp_plugin_args: return
@@ -46,7 +46,7 @@ def shard_on_cpu(trainer # a `transformers.Trainer` on CPUs with `fsdp_settings`
 
 # %% ../../nbs/4_training/sharding.ipynb #54692e9a
 def gather_adapter(model: nn.Module # a PEFT model, sharded or not
-                 ) -> dict[str, Tensor]: # name -> tensor on the host; empty on other processes
+                  ) -> dict[str, Tensor]: # name -> tensor on the host; empty on other processes
     "What is trained, gathered from all processes."
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -61,7 +61,7 @@ def is_sharded(trainer) -> bool: # False: a replica of the model in each process
 
 # %% ../../nbs/4_training/sharding.ipynb #6964f8c8
 def set_up_sharding(trainer # a `transformers.Trainer` around a PEFT model; changed in place
-         ) -> None:
+                   ) -> None:
     "Let a trainer with `fsdp_settings` save the adapter alone, also on CPUs; ignores others."
     if not is_sharded(trainer): return
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)

@@ -106,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
 
 # %% ../../nbs/4_training/step.ipynb #11ebe2c8
 def gather_parameter(weight: Tensor # a parameter
-         ) -> Tensor: # of the same shape
+                    ) -> Tensor: # of the same shape
     "A parameter, gathered from all processes if it is sharded."
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 

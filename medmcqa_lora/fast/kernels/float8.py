@@ -317,10 +317,10 @@ def can_group8(x: Tensor, # (S, K) float8
 
 # %% ../../../nbs/3_fast/kernels/float8.ipynb #5bf20031
 def grouped_matmul8(x: Tensor, scale: Tensor, # (S, K) float8 sorted by expert, and (S,)
-                  w: Tensor, scales: Tensor, # (E, N, K) float8, and (E, N)
-                  ends: Tensor, # (E,) int32, one past each expert's last row
-                  dtype: torch.dtype # of the result
-                 ) -> Tensor: # (S, N)
+                    w: Tensor, scales: Tensor, # (E, N, K) float8, and (E, N)
+                    ends: Tensor, # (E,) int32, one past each expert's last row
+                    dtype: torch.dtype # of the result
+                   ) -> Tensor: # (S, N)
     "Each expert's rows times its matrix, transposed."
     E, N, K = w.shape
     BM, BN, BK = GROUPED["BM"], GROUPED["BN"], GROUPED["BK"]

@@ -36,7 +36,7 @@ def can_ssd(P: int, # numbers per head
 
 # %% ../../../nbs/3_fast/kernels/scan.ipynb #960f9b10
 def document_bounds(seq_idx: Tensor # (R, T) or (T,): each token's document; rows share none
-                 ) -> tuple[Tensor, Tensor]: # first, last: (R · T,) int32
+                   ) -> tuple[Tensor, Tensor]: # first, last: (R · T,) int32
     "Index of the first token of each token's document, and one past its last."
     rows = seq_idx.reshape(-1, seq_idx.shape[-1])
     is_first = F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True).flatten()

@@ -211,7 +211,7 @@ def model_parts(model: nn.Module, # without LoRA, on the meta device
     return memory_parts(total, count_trainable(model, recipe), recipe, gpus, largest_block(model))
 
 def memory_needed(recipe: Recipe, processes: int # that train together
-          ) -> pd.Series: # GiB in each GPU, by part; NaN where no formula is known
+                 ) -> pd.Series: # GiB in each GPU, by part; NaN where no formula is known
     "What the plan says that a recipe's training takes."
     model = model_structure(recipe.model)
     recipe = resolve_dtype(recipe, model)
