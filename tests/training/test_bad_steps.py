@@ -398,7 +398,7 @@ def test_a_request_on_a_full_disk_names_what_is_there(tmp_path, saved):
 
     last = "the last one is checkpoint-2" if saved else "there is none before it"
     said = (f"stopped after step 4 as asked, but checkpoint-4 could not be saved \\({last}\\); "
-            "go on")
+            "continue")
     with (patch.object(checkpoints, "write_parts", write_parts),
           patch.object(metrics, "note_progress", lambda **facts: noted.append(facts)),
           pytest.raises(Stopped, match=said)):
