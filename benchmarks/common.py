@@ -29,6 +29,13 @@ def append_record(file: Path, line: dict) -> None:
         f.write(json.dumps(line) + "\n")
 
 
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--recipe and -p, as the package's commands have them."""
+    parser.add_argument("--recipe", default="toy")
+    repeatable = "set a recipe key; repeatable"
+    parser.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help=repeatable)
+
+
 def add_record_options(parser: argparse.ArgumentParser, script: str) -> None:
     """--commit and --out."""
     parser.add_argument("--commit", default="", help="where the checkout's git can't tell")

@@ -25,7 +25,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from benchmarks.common import ROOT, add_record_options, append_record, circumstances
+from benchmarks.common import (
+    ROOT,
+    add_recipe_options,
+    add_record_options,
+    append_record,
+    circumstances,
+)
 from medmcqa_lora.cli import join_params
 from medmcqa_lora.core.files import read_lines
 
@@ -147,9 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--recipe", default="toy")
-    repeatable = "set a recipe key; repeatable"
-    add("-p", action="append", default=[], metavar="KEY VALUE", help=repeatable)
+    add_recipe_options(parser)
     add("--nproc-per-node", default="1")
     add("--kill-at", type=int, default=6, help="lines of metrics.jsonl")
     deleted = "for the three runs; an older one is deleted"

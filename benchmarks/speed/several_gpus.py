@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from benchmarks.common import ROOT, add_record_options, append_record
+from benchmarks.common import ROOT, add_recipe_options, add_record_options, append_record
 from medmcqa_lora.bench.profile import elapsed, median_and_range, synchronise, timestamp
 from medmcqa_lora.bench.variants import (
     VARIANTS,
@@ -298,9 +298,7 @@ def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--recipe", default="toy")
-    repeatable = "set a recipe key; repeatable"
-    add("-p", action="append", default=[], metavar="KEY VALUE", help=repeatable)
+    add_recipe_options(parser)
     add("--gpus", default="1,2", help="numbers of processes, with commas between")
     ways = (
         "for more than one process: ddp, fsdp, or ddp-hooks: gradients added up by "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from medmcqa_lora.core.files import (
-    append_line, check_writable, read_lines, save_figure, write_json, write_file,
+    append_line, check_writable, nearest_existing, read_lines, save_figure, write_json, write_file,
 )
 from ..core.untrusted import check_name
 from ..core.recipe import Recipe
@@ -112,7 +112,7 @@ def check_bench(recipe: Recipe, load: Workload, # for all variants
     check_name(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    check_writable(out, next(p for p in [out, *out.absolute().parents] if p.exists()))
+    check_writable(out, nearest_existing(out))
     with tempfile.TemporaryDirectory() as folder:  # what all variants need
         if load.layers:
             cut = cut_model(recipe, load.layers, Path(folder))

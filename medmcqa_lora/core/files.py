@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'shipped_file', 'why_refused', 'DiskError', 'explain_disk_errors', 'sync_to_disk', 'write_file', 'checksum',
-           'write_json', 'save_figure', 'append_lines', 'append_line', 'read_lines', 'trim_lines', 'check_writable']
+           'write_json', 'save_figure', 'append_lines', 'append_line', 'read_lines', 'trim_lines', 'nearest_existing',
+           'check_writable']
 
 # %% ../../nbs/0_core/files.ipynb #e9c40537
 import errno, hashlib, io, json, os, re, tempfile
@@ -156,6 +157,11 @@ def trim_lines(path: Path, # a JSON-lines file, or none yet
     return values
 
 # %% ../../nbs/0_core/files.ipynb #0b2a15a0
+def nearest_existing(path: Path # may not exist yet
+                    ) -> Path: # the same, or the nearest parent that is there
+    "Where in the file system a new folder will be made."
+    return next(p for p in [path, *path.absolute().parents] if p.exists())
+
 def check_writable(out: Path, # what --out says, for the message
                    folder: Path # that exists, to be written into
                   ) -> None:

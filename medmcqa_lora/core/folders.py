@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 from filelock import lock_descriptor
-from .files import explain_disk_errors, sync_to_disk
+from .files import explain_disk_errors, nearest_existing, sync_to_disk
 
 # %% ../../nbs/0_core/folders.ipynb #7e03bc5d
 @contextmanager
@@ -63,8 +63,7 @@ def check_room(out: Path, # a folder that will be written
                need: int # bytes
               ) -> None:
     "Raises `ValueError` if `out`'s disk has less free space than needed."
-    existing = next(p for p in [out, *out.absolute().parents] if p.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(out)).free
     if need <= free: return
     needed = f"needs {need / 2**30:.3g} GiB and its disk has {free / 2**30:.3g} GiB free"
     remedy = f"make room or choose another disk{_leftover_hint(out)}"

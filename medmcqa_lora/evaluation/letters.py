@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PADDED_MULTIPLE', 'letter_tokens', 'encode_prompts', 'pad_right', 'last_positions', 'prompt_batch', 'to_device',
            'to_host', 'begin_letter_logprobs', 'letter_logprobs', 'choose_prompt_packing', 'scoring_batches',
-           'score_questions']
+           'letter_batches', 'score_questions']
 
 # %% ../../nbs/5_evaluation/letters.ipynb #087bdd6c
 from collections.abc import Callable
@@ -180,6 +180,23 @@ def scoring_batches(
     return even_batches(rows, size) if packed else length_batches(rows, size)
 
 # %% ../../nbs/5_evaluation/letters.ipynb #edaed288
+def letter_batches(
+    model: nn.Module, # in eval mode
+    tokenizer,
+    questions: list[Question], # N
+    recipe: Recipe,
+    packed: bool, # from `choose_prompt_packing`
+    make_record: Callable # of a question and its four scores, such as `prediction_record`
+) -> tuple[list[list[int]], list[list[int]], Callable]: # N rows of ids; batches; `begin`
+    "What `run_batches` needs to score questions by their letters."
+    rows, letters = encode_prompts(questions, tokenizer, recipe)
+    pad = tokenizer.pad_token_id
+    def begin(batch):
+        logprobs = begin_letter_logprobs(model, [rows[i] for i in batch], letters, pad, packed)
+        return lambda: [make_record(questions[i], scores)
+                        for i, scores in zip(batch, logprobs().tolist())]
+    return rows, scoring_batches(rows, recipe.per_device_eval_batch_size, packed), begin
+
 def score_questions(
     model: nn.Module, # in eval mode
     tokenizer,
@@ -189,11 +206,6 @@ def score_questions(
     packed: bool = False # from `choose_prompt_packing`
 ) -> None:
     "Score questions by their letters and append to this process' predictions file."
-    rows, letters = encode_prompts(questions, tokenizer, recipe)
-    batches = scoring_batches(rows, recipe.per_device_eval_batch_size, packed)
-    pad = tokenizer.pad_token_id
-    def begin(batch):
-        logprobs = begin_letter_logprobs(model, [rows[i] for i in batch], letters, pad, packed)
-        return lambda: [prediction_record(questions[i], scores)
-                        for i, scores in zip(batch, logprobs().tolist())]
+    rows, batches, begin = letter_batches(
+        model, tokenizer, questions, recipe, packed, prediction_record)
     run_batches(questions, rows, batches, output, "predictions", begin)

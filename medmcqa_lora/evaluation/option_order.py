@@ -26,7 +26,7 @@ from .statistics import mcnemar, paired_interval, wilson
 from medmcqa_lora.evaluation.records import (
     EvaluationOutput, prediction_record, run_batches, is_prediction,
 )
-from .letters import encode_prompts, begin_letter_logprobs, scoring_batches
+from .letters import letter_batches
 
 # %% ../../nbs/5_evaluation/option_order.ipynb #8c8b5522
 def draw_orders(
@@ -86,13 +86,8 @@ def score_orders(
 ) -> list[Question]: # in all orders, as `collect` expects them
     "Score questions in several orders and append to this process' orders file."
     ordered = [reorder_options(q, order) for q in questions for order in orders]
-    rows, letters = encode_prompts(ordered, tokenizer, recipe)
-    batches = scoring_batches(rows, recipe.per_device_eval_batch_size, packed)
-    pad = tokenizer.pad_token_id
-    def begin(batch):
-        logprobs = begin_letter_logprobs(model, [rows[i] for i in batch], letters, pad, packed)
-        return lambda: [order_record(ordered[i], scores)
-                        for i, scores in zip(batch, logprobs().tolist())]
+    rows, batches, begin = letter_batches(
+        model, tokenizer, ordered, recipe, packed, order_record)
     run_batches(ordered, rows, batches, output, "orders", begin)
     return ordered
 

@@ -130,7 +130,7 @@ def run_batches(
     own = batches[output.rank::output.world_size]
     remaining = [b for b in own if any(questions[i].id not in done for i in b)]
     progress = Progress(kind, sum(map(len, remaining)), "question",
-                    quiet=output.quiet or output.rank > 0, state="scoring")
+                        quiet=output.quiet or output.rank > 0, state="scoring")
     tokens = 0
     def explain(text): return describe_scoring_error(text, max(map(len, remaining)))
     with memory_explained(explain):

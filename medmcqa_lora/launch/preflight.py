@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'new_folder_name', 'check_folder', 'check_free', 'check_proc
 import os, time
 from dataclasses import replace
 from pathlib import Path
-from ..core.files import check_writable
+from ..core.files import check_writable, nearest_existing
 from ..core.folders import is_locked
 from ..core.untrusted import check_name, read_object
 from ..core.recipe import Recipe
@@ -37,8 +37,7 @@ def check_folder(folder: Path, # where a run is to be written
     if resume and not folder.is_dir():
         raise ValueError(f"--out {folder}: nothing to resume there; "
                          "name the folder of an interrupted run")
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    check_writable(folder, existing)
+    check_writable(folder, nearest_existing(folder))
 
 # %% ../../nbs/7_launch/preflight.ipynb #89311ff5
 def check_free(folder: Path # of a run, or not there yet

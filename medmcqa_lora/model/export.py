@@ -14,10 +14,9 @@ from ..core.text import nearest_hint
 from ..core.files import write_file
 from ..core.folders import check_room, atomic_folder
 from medmcqa_lora.model.adapter import (
-    Delta, adapter_shapes, check_adapter, check_finite, check_plain_lora, read_deltas,
-    read_factors,
+    Delta, adapter_shapes, check_adapter, check_finite, read_deltas, read_factors,
 )
-from .merge import check_new_folder, find_base
+from .merge import check_new_folder, checked_base
 
 # %% ../../nbs/2_model/export.ipynb #330a4b62
 def vllm_names(delta: Delta) -> list[str]: # one, or one per expert
@@ -102,12 +101,7 @@ def _read_for_export(adapter: Path, # an adapter/ folder
                      base: str # "": as `find_base` says
                     ) -> tuple[str, dict[str, Delta], object]: # base, deltas, PEFT model
     "Check an adapter against its base; raises `ValueError`."
-    adapter_shapes(adapter)
-    check_plain_lora(adapter)
-    name = base or find_base(adapter)
-    if not name:
-        raise ValueError(
-            f"adapter {adapter}: doesn't say which model it was made for; name it with --base")
+    name = checked_base(adapter, base)
     tuned = check_adapter(adapter, name)
     deltas = read_deltas(adapter, tuned)
     check_finite(adapter)

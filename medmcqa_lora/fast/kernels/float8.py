@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 from medmcqa_lora.fast.kernels.elementwise import (
-    PTX, gated_row, group_columns, group_tile, load_float32,
+    PTX, gated_row, group_columns, group_tile, load_float32, rms_row,
 )
 
 # %% ../../../nbs/3_fast/kernels/float8.ipynb #ae37bab5
@@ -96,10 +96,7 @@ def _rms_forward8(  # noqa: PLR0913 - a kernel's tensors and sizes
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    values = load_float32(x + row * D + column, inside)
-    row_rstd = 1 / tl.sqrt(tl.sum(values * values, 0) / D + eps)
-    normalised = (values * row_rstd).to(y.dtype.element_ty).to(tl.float32)
-    result = normalised * load_float32(w + column, inside)
+    result, row_rstd = rms_row(x, w, row, column, inside, eps, D)
     tl.store(y + row * D + column, result, mask=inside)
     tl.store(rstd + row, row_rstd)
     _store_float8(result, inside, y8, row * D + column, scale, row)
