@@ -397,8 +397,8 @@ def push(run: Annotated[Path, Argument(help="The --out folder of a finished trai
          repo: Annotated[str, Argument(help="Such as NAME/medmcqa-lora.")],
          public: Annotated[bool, Option("--public", help="For everybody to see.")] = False) -> None:
     "Upload a run's adapter and model card to the Hugging Face hub."
-    from medmcqa_lora.model.hub import upload_run as upload
-    say(f"hub  {upload(run, repo, public)}")
+    from medmcqa_lora.model.hub import upload_run
+    say(f"hub  {upload_run(run, repo, public)}")
 
 @app.command()
 def export(adapter: Adapter, out: NewFolder, format: Layout, base: Base = "") -> None:

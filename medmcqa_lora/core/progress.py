@@ -319,10 +319,10 @@ def end_elsewhere(folder: Path,
 
 @contextmanager
 def report_run(folder: Path, # of a run; made if missing
-             kind: str, # training or evaluation
-             interruption: type, # of exceptions for a run that was stopped
-             quiet: bool = False, # show nothing
-             first: bool = True): # of several hosts, the one that reports
+               kind: str, # training or evaluation
+               interruption: type, # of exceptions for a run that was stopped
+               quiet: bool = False, # show nothing
+               first: bool = True): # of several hosts, the one that reports
     "Report on a run that other processes do."
     if not first:
         yield
